@@ -1,0 +1,1 @@
+//! Chat templates in, tool calls and reasoning out.

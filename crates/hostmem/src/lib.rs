@@ -1,0 +1,1 @@
+//! Memory facts of the host and of a process.

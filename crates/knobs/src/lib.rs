@@ -1,0 +1,1 @@
+//! Every tuning knob once: flag, YAML key, default, range, reason.

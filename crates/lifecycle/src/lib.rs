@@ -1,0 +1,1 @@
+//! Pure core of the proxy: step(state, event) -> effects.

@@ -1,0 +1,1 @@
+//! Safe additions to mlx-rs.

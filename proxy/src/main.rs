@@ -1,0 +1,3 @@
+//! swapd: see the crate description.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! mlxworker: see the crate description.
+
+fn main() {}
