@@ -1,1 +1,29 @@
-//! Pure core of the proxy: step(state, event) -> effects.
+//! Who runs, who waits, who is evicted: the pure core of the proxy.
+//!
+//! [`Lifecycle::step`] takes the time, one [`Event`] and answers with [`Effect`]s. It does no I/O, reads no clock and
+//! spawns nothing, so that its promises can be checked by properties over random event orders:
+//!
+//! - one model never has two processes, and a new process never starts before those it replaces have been reaped;
+//! - every request is answered exactly once: dispatched, or refused with a reason;
+//! - every wait is bounded, and steady traffic on one model cannot starve another;
+//! - a swap never cuts a request in flight; an unload drains first and cuts after its grace.
+//!
+//! A model goes `stopped → starting → ready → draining → stopping → stopped`; after a failure it is `backoff` for a while.
+//!
+//! Layout: `event` what comes in and goes out; `config` the rules of each model; `residency` who may be resident
+//! beside whom (groups, matrix); `model` the state of one model; `machine` the reaction to each event; `settle` what
+//! follows from time and from the queues.
+
+mod config;
+mod event;
+mod machine;
+mod model;
+mod residency;
+mod settle;
+
+pub use config::{Abandoned, Config, Fairness, Policy};
+pub use event::{
+    CutReason, Effect, Event, Failure, Instance, Kind, Millis, ModelId, Rejection, RequestId, State, Ticket,
+};
+pub use machine::{Lifecycle, ModelStatus};
+pub use residency::{Expr, Group, Groups, Matrix, Residency};
