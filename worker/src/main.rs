@@ -1,3 +1,3 @@
-//! mlxworker: see the crate description.
+//! The `mlxworker` program: see the library.
 
 fn main() {}

@@ -1,0 +1,1 @@
+//! A backend that plays back a script, for tests.
