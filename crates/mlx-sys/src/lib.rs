@@ -1,1 +1,37 @@
-//! Bindings to mlx-c.
+//! Bindings to [mlx-c](https://github.com/ml-explore/mlx-c) 0.7.0 over a prebuilt libmlx 0.32.2.
+//!
+//! Takes the place of the published crate of the same name and version, whose build script compiles MLX itself and
+//! therefore needs Xcode. The items are mlx-c's own; see its headers. Beside them: [`blas`].
+#![allow(non_upper_case_globals, non_camel_case_types, non_snake_case, clippy::all)]
+
+include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
+
+/// What multiplies matrices on the CPU: OpenBLAS with its configuration, or the BLAS that libmlx brings itself.
+///
+/// Calling it also keeps the OpenBLAS shim linked: the linker drops a library that nobody names. So the program's
+/// start-up calls it and logs the answer.
+pub fn blas() -> String {
+    #[cfg(openblas)]
+    {
+        unsafe extern "C" {
+            fn mlx_sys_blas_config() -> *const std::ffi::c_char;
+        }
+        // SAFETY: OpenBLAS returns a pointer to a static, zero-terminated string.
+        let text = unsafe { std::ffi::CStr::from_ptr(mlx_sys_blas_config()) };
+        return text.to_string_lossy().trim().to_owned();
+    }
+    #[cfg(not(openblas))]
+    String::from(if cfg!(target_os = "macos") {
+        "Accelerate"
+    } else {
+        "the one libmlx brings"
+    })
+}
+
+/// mlx-rs seeds its random generator with this macOS clock; elsewhere the time of day in nanoseconds does as well.
+#[cfg(not(target_os = "macos"))]
+#[unsafe(no_mangle)]
+extern "C" fn mach_approximate_time() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(0, |elapsed| elapsed.as_nanos() as u64)
+}

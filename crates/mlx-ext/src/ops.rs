@@ -1,0 +1,132 @@
+//! Operations that mlx-rs 0.33 lacks, or offers only for element types known at compile time.
+
+use crate::error;
+use mlx_rs::error::{Exception, Result};
+use mlx_rs::{Array, Dtype, Stream};
+
+/// A null array stands for an argument that is not given.
+fn optional(array: Option<&Array>) -> mlx_sys::mlx_array {
+    // SAFETY: mlx_array_new makes a null handle, which owns nothing.
+    array.map_or_else(|| unsafe { mlx_sys::mlx_array_new() }, Array::as_ptr)
+}
+
+/// Matrix products of rows of `a` with matrices picked from `b`: for each position of the broadcast index arrays,
+/// `a[lhs] @ b[rhs]`. Shapes: `a` is `[..., m, k]`, `b` is `[..., k, n]`; the result is `[indices..., m, n]`.
+///
+/// `sorted_indices` promises that `rhs_indices` never decrease, which lets MLX multiply runs of rows at once.
+///
+/// # Errors
+///
+/// Shapes that do not fit.
+pub fn gather_mm(
+    a: &Array,
+    b: &Array,
+    lhs_indices: Option<&Array>,
+    rhs_indices: Option<&Array>,
+    sorted_indices: bool,
+) -> Result<Array> {
+    let stream = Stream::thread_local_or_default();
+    error::array(|result| {
+        // SAFETY: all handles are alive for the call; null handles mean "not given".
+        unsafe {
+            mlx_sys::mlx_gather_mm(
+                result,
+                a.as_ptr(),
+                b.as_ptr(),
+                optional(lhs_indices),
+                optional(rhs_indices),
+                sorted_indices,
+                stream.as_ptr(),
+            )
+        }
+    })
+}
+
+/// The same bytes read as another element type; the last axis grows or shrinks with the size of an element.
+///
+/// # Errors
+///
+/// A last axis whose bytes do not divide by the new element's size.
+pub fn view(array: &Array, dtype: Dtype) -> Result<Array> {
+    let stream = Stream::thread_local_or_default();
+    error::array(|result| {
+        // SAFETY: the handles are alive for the call.
+        unsafe { mlx_sys::mlx_view(result, array.as_ptr(), dtype.into(), stream.as_ptr()) }
+    })
+}
+
+/// `array[start[0]..stop[0], start[1]..stop[1], ...]`; `start` and `stop` name every axis.
+///
+/// # Errors
+///
+/// Bounds that do not name every axis.
+pub fn slice(array: &Array, start: &[i32], stop: &[i32]) -> Result<Array> {
+    let strides = Strides::ones(start, stop, array)?;
+    let stream = Stream::thread_local_or_default();
+    error::array(|result| {
+        // SAFETY: pointers and lengths come from live slices of equal length.
+        unsafe {
+            mlx_sys::mlx_slice(
+                result,
+                array.as_ptr(),
+                start.as_ptr(),
+                start.len(),
+                stop.as_ptr(),
+                stop.len(),
+                strides.as_ptr(),
+                start.len(),
+                stream.as_ptr(),
+            )
+        }
+    })
+}
+
+/// `array` with `update` written at `start..stop`. The write is in place when nobody else holds `array`'s buffer at the
+/// time of evaluation.
+///
+/// # Errors
+///
+/// Bounds that do not name every axis, or an update of another shape.
+pub fn slice_update(array: &Array, update: &Array, start: &[i32], stop: &[i32]) -> Result<Array> {
+    let strides = Strides::ones(start, stop, array)?;
+    let stream = Stream::thread_local_or_default();
+    error::array(|result| {
+        // SAFETY: pointers and lengths come from live slices of equal length.
+        unsafe {
+            mlx_sys::mlx_slice_update(
+                result,
+                array.as_ptr(),
+                update.as_ptr(),
+                start.as_ptr(),
+                start.len(),
+                stop.as_ptr(),
+                stop.len(),
+                strides.as_ptr(),
+                start.len(),
+                stream.as_ptr(),
+            )
+        }
+    })
+}
+
+/// As many ones as an array has axes, without an allocation.
+struct Strides([i32; Strides::MOST]);
+
+impl Strides {
+    const MOST: usize = 8;
+
+    fn ones(start: &[i32], stop: &[i32], array: &Array) -> Result<&'static [i32]> {
+        static ONES: Strides = Strides([1; Strides::MOST]);
+        if start.len() != stop.len() || start.len() != array.ndim() {
+            return Err(Exception::custom(format!(
+                "slice bounds name {} and {} axes, the array has {}",
+                start.len(),
+                stop.len(),
+                array.ndim()
+            )));
+        }
+        ONES.0
+            .get(..start.len())
+            .ok_or_else(|| Exception::custom("an array of more than 8 axes"))
+    }
+}
