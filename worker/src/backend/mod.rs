@@ -113,9 +113,15 @@ pub fn event_capacity(max_tokens: usize) -> usize {
         .min(tokio::sync::Semaphore::MAX_PERMITS)
 }
 
-/// What happened to a request.
+/// What happened to a request: at most one `Started`, the tokens, one `Finished` or `Failed`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum GenerationEvent {
+    /// The request has left the queue and its prefill begins. Comes before the first token.
+    Started {
+        /// Tokens of the prompt whose keys and values came from the prefix cache. (Also in [`Usage`]; known here
+        /// already, because a reply that ends at a stop string never sees the engine's own end.)
+        cached_tokens: usize,
+    },
     /// One generated token, never one of the stop tokens (unless `ignore_eos`).
     Token {
         /// Its id.
