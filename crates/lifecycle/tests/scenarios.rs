@@ -1,0 +1,435 @@
+//! Named situations, each with what must come of it.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::sync::Arc;
+
+use lifecycle::{
+    Config, CutReason, Effect, Event, Failure, Instance, Kind, Lifecycle, ModelId, Policy, Rejection,
+    RequestId, State, Ticket,
+};
+use proptest::prelude::*;
+
+struct House {
+    core: Lifecycle,
+    now: u64,
+    next: u64,
+}
+
+fn config(models: &[&str], policy: &Policy) -> Config {
+    Config {
+        models: models.iter().map(|m| ((*m).into(), policy.clone())).collect(),
+        ..Config::default()
+    }
+}
+
+fn failure(message: &str) -> Arc<Failure> {
+    Arc::new(Failure {
+        message: message.into(),
+        log_tail: "last line".into(),
+    })
+}
+
+impl House {
+    fn new(models: &[&str], policy: &Policy) -> Self {
+        Self {
+            core: Lifecycle::new(config(models, policy)),
+            now: 0,
+            next: 0,
+        }
+    }
+
+    /// Effects without the reports of states.
+    fn step(&mut self, event: Event) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        self.core.step(self.now, event, &mut effects);
+        effects.retain(|e| !matches!(e, Effect::State(..)));
+        effects
+    }
+
+    fn request(&mut self, model: &str) -> (RequestId, Vec<Effect>) {
+        self.next += 1;
+        let id = RequestId(self.next);
+        (
+            id,
+            self.step(Event::Request {
+                id,
+                model: model.into(),
+                kind: Kind::Serve,
+            }),
+        )
+    }
+
+    fn tick_at(&mut self, now: u64) -> Vec<Effect> {
+        self.now = now;
+        self.step(Event::Tick)
+    }
+
+    fn instance(&self, model: &str) -> Instance {
+        self.core.status(self.now, model).unwrap().instance.unwrap()
+    }
+
+    fn state(&self, model: &str) -> State {
+        self.core.status(self.now, model).unwrap().state
+    }
+
+    fn ready(&mut self, model: &str) -> Vec<Effect> {
+        let instance = self.instance(model);
+        self.step(Event::Ready(model.into(), instance))
+    }
+
+    fn exit(&mut self, model: &str) -> Vec<Effect> {
+        let instance = self.instance(model);
+        self.step(Event::Exited(model.into(), instance, failure("exit status 1")))
+    }
+
+    /// A model with one request in flight.
+    fn serving(&mut self, model: &str) -> RequestId {
+        let (request, _) = self.request(model);
+        let effects = self.ready(model);
+        assert_eq!(
+            effects,
+            [Effect::Dispatch(request, model.into(), self.instance(model))]
+        );
+        request
+    }
+}
+
+fn name(s: &str) -> ModelId {
+    s.into()
+}
+
+proptest! {
+    /// llama-swap: steady traffic on one model starved another for ever.
+    #[test]
+    fn steady_traffic_does_not_starve(gap_ms in 0..5_000_u64, overlap in 1..4_usize) {
+        let mut h = House::new(&["a", "b"], &Policy::default());
+        let mut running = vec![h.serving("a")];
+        let asked = h.now;
+        let (waiting, effects) = h.request("b");
+        prop_assert!(effects.is_empty());
+        let mut passed = 0;
+        while h.state("a") == State::Ready {
+            h.now += gap_ms;
+            let _ = h.step(Event::Tick);
+            let (request, effects) = h.request("a");
+            if effects.contains(&Effect::Dispatch(request, name("a"), Instance(0))) {
+                running.push(request);
+                passed += 1;
+            }
+            // Never idle: the next request is there before the last one ends.
+            while running.len() > overlap {
+                let done = running.remove(0);
+                let _ = h.step(Event::Finished(done));
+            }
+            prop_assert!(passed <= 16);
+            prop_assert!(h.now <= asked + 30_000 + 2 * gap_ms.max(1));
+        }
+        let mut effects = Vec::new();
+        for request in running {
+            prop_assert!(!effects.contains(&Effect::Stop(name("a"), Instance(0))), "cut in flight");
+            effects = h.step(Event::Finished(request));
+        }
+        prop_assert_eq!(effects, [Effect::Stop(name("a"), Instance(0))]);
+        prop_assert_eq!(h.exit("a"), [Effect::Start(name("b"), Instance(1))]);
+        prop_assert_eq!(&h.ready("b")[..1], [Effect::Dispatch(waiting, name("b"), Instance(1))]);
+    }
+}
+
+#[test]
+fn requests_of_one_model_are_served_together() {
+    let mut h = House::new(&["a", "b"], &Policy::default());
+    let first = h.serving("a");
+    let (b1, _) = h.request("b");
+    let (b2, _) = h.request("b");
+    assert_eq!(
+        h.step(Event::Finished(first)),
+        [Effect::Stop(name("a"), Instance(0))]
+    );
+    let (a2, _) = h.request("a");
+    let (b3, _) = h.request("b");
+    h.exit("a");
+    let served: Vec<_> = [b1, b2, b3]
+        .map(|r| Effect::Dispatch(r, name("b"), Instance(1)))
+        .into();
+    assert_eq!(h.ready("b"), served);
+    for r in [b1, b2, b3] {
+        h.step(Event::Finished(r));
+    }
+    assert_eq!(h.exit("b"), [Effect::Start(name("a"), Instance(2))]);
+    assert_eq!(h.ready("a"), [Effect::Dispatch(a2, name("a"), Instance(2))]);
+}
+
+#[test]
+fn many_requests_one_start() {
+    let mut h = House::new(&["a"], &Policy::default());
+    let starts = (0..20)
+        .flat_map(|_| h.request("a").1)
+        .filter(|e| matches!(e, Effect::Start(..)))
+        .count();
+    assert_eq!(starts, 1);
+    assert_eq!(h.ready("a").len(), 20);
+}
+
+#[test]
+fn concurrency_limit_counts_running_and_waiting() {
+    let mut h = House::new(
+        &["a"],
+        &Policy {
+            concurrency_limit: Some(2),
+            ..Policy::default()
+        },
+    );
+    h.serving("a");
+    h.request("a");
+    let (third, effects) = h.request("a");
+    assert_eq!(effects, [Effect::Reject(third, Rejection::ConcurrencyLimit(2))]);
+}
+
+/// llama-swap: a model that never served was unloaded a second after it was ready.
+#[test]
+fn ttl_counts_from_ready_and_from_last_use() {
+    let mut h = House::new(
+        &["a"],
+        &Policy {
+            ttl_ms: Some(5_000),
+            ..Policy::default()
+        },
+    );
+    let (left, _) = h.request("a");
+    h.step(Event::Cancelled(left));
+    h.now = 60_000;
+    assert!(h.ready("a").is_empty());
+    assert_eq!(h.core.deadline(h.now), Some(65_000));
+    assert!(h.tick_at(64_999).is_empty());
+    let (used, _) = h.request("a");
+    h.now = 100_000;
+    assert!(h.step(Event::Tick).is_empty(), "in use");
+    h.step(Event::Finished(used));
+    assert!(h.tick_at(104_999).is_empty());
+    assert_eq!(h.tick_at(105_000), [Effect::Stop(name("a"), Instance(0))]);
+    assert_eq!(h.tick_at(115_000), [Effect::Kill(name("a"), Instance(0))]);
+    assert!(h.exit("a").is_empty());
+    assert_eq!(h.core.deadline(h.now), None);
+}
+
+#[test]
+fn unload_drains_then_cuts() {
+    let mut h = House::new(
+        &["a"],
+        &Policy {
+            drain_grace_ms: 3_000,
+            ..Policy::default()
+        },
+    );
+    let cut = h.serving("a");
+    assert!(
+        h.step(Event::Unload {
+            model: Some(name("a")),
+            ticket: Ticket(1)
+        })
+        .is_empty()
+    );
+    let (late, effects) = h.request("a");
+    assert!(effects.is_empty(), "waits for the next process");
+    let expected = [
+        Effect::Cut(cut, CutReason::Unloaded),
+        Effect::Stop(name("a"), Instance(0)),
+    ];
+    assert_eq!(h.tick_at(3_000), expected);
+    assert_eq!(
+        h.exit("a"),
+        [Effect::Start(name("a"), Instance(1)), Effect::Unloaded(Ticket(1))]
+    );
+    assert_eq!(h.ready("a"), [Effect::Dispatch(late, name("a"), Instance(1))]);
+}
+
+#[test]
+fn unload_refuses_those_who_wait_and_reports_when_nothing_runs() {
+    let mut h = House::new(&["a"], &Policy::default());
+    assert_eq!(
+        h.step(Event::Unload {
+            model: None,
+            ticket: Ticket(1)
+        }),
+        [Effect::Unloaded(Ticket(1))]
+    );
+    let (waits, _) = h.request("a");
+    let effects = h.step(Event::Unload {
+        model: None,
+        ticket: Ticket(2),
+    });
+    assert_eq!(
+        effects,
+        [
+            Effect::Reject(waits, Rejection::Unloaded),
+            Effect::Stop(name("a"), Instance(0))
+        ]
+    );
+    assert_eq!(h.exit("a"), [Effect::Unloaded(Ticket(2))]);
+}
+
+#[test]
+fn failed_start_tells_everyone_and_backs_off() {
+    let mut h = House::new(&["a"], &Policy::default());
+    let (one, _) = h.request("a");
+    let (two, _) = h.request("a");
+    let told = |r| Effect::Reject(r, Rejection::StartFailed(failure("exit status 1")));
+    assert_eq!(h.exit("a"), [told(one), told(two)]);
+    assert_eq!(h.state("a"), State::BackOff);
+    let (three, effects) = h.request("a");
+    assert!(effects.is_empty(), "1 s is waited for");
+    assert_eq!(h.core.deadline(h.now), Some(1_000));
+    assert_eq!(h.tick_at(1_000), [Effect::Start(name("a"), Instance(1))]);
+    assert_eq!(h.exit("a"), [told(three)]);
+    h.tick_at(3_000);
+    h.request("a");
+    h.exit("a");
+    let (four, effects) = h.request("a");
+    assert_eq!(
+        effects,
+        [Effect::Reject(
+            four,
+            Rejection::BackOff(failure("exit status 1"), 4_000)
+        )]
+    );
+    // A person's order is obeyed at once.
+    let load = Event::Request {
+        id: RequestId(99),
+        model: name("a"),
+        kind: Kind::Load,
+    };
+    assert_eq!(h.step(load), [Effect::Start(name("a"), Instance(3))]);
+    assert_eq!(h.ready("a"), [Effect::Loaded(RequestId(99))]);
+}
+
+#[test]
+fn a_crash_in_service_is_tried_again_at_once_then_later() {
+    let mut h = House::new(&["a"], &Policy::default());
+    h.serving("a");
+    h.exit("a");
+    assert_eq!(h.request("a").1, [Effect::Start(name("a"), Instance(1))]);
+    h.ready("a");
+    h.exit("a");
+    assert_eq!(h.state("a"), State::BackOff);
+    h.tick_at(1_000);
+    h.request("a");
+    h.ready("a");
+    h.now += 60_000;
+    h.exit("a");
+    assert_eq!(h.state("a"), State::Stopped, "a minute of service redeems");
+}
+
+#[test]
+fn start_timeout_kills_unless_there_is_progress() {
+    let mut h = House::new(
+        &["a"],
+        &Policy {
+            start_timeout_ms: 15_000,
+            ..Policy::default()
+        },
+    );
+    let (waits, _) = h.request("a");
+    h.now = 10_000;
+    let instance = h.instance("a");
+    h.step(Event::Progress(name("a"), instance));
+    assert!(h.tick_at(24_999).is_empty());
+    let effects = h.tick_at(25_000);
+    assert_eq!(effects[0], Effect::Kill(name("a"), instance));
+    assert!(matches!(&effects[1], Effect::Reject(r, Rejection::StartFailed(_)) if *r == waits));
+}
+
+#[test]
+fn an_abandoned_load_is_kept_until_its_room_is_wanted() {
+    let mut h = House::new(&["a", "b"], &Policy::default());
+    let (gone, _) = h.request("a");
+    assert!(h.step(Event::Cancelled(gone)).is_empty());
+    assert_eq!(h.state("a"), State::Starting);
+    assert_eq!(h.request("b").1, [Effect::Stop(name("a"), Instance(0))]);
+    assert_eq!(h.exit("a"), [Effect::Start(name("b"), Instance(1))]);
+}
+
+#[test]
+fn a_swap_that_nobody_wants_any_more_is_taken_back() {
+    let mut h = House::new(&["a", "b"], &Policy::default());
+    h.serving("a");
+    let (b, _) = h.request("b");
+    for _ in 0..16 {
+        h.request("a");
+    }
+    assert_eq!(h.state("a"), State::Draining);
+    let (a, effects) = h.request("a");
+    assert!(effects.is_empty());
+    assert_eq!(
+        h.step(Event::Cancelled(b)),
+        [Effect::Dispatch(a, name("a"), Instance(0))]
+    );
+    assert_eq!(h.state("a"), State::Ready);
+}
+
+#[test]
+fn reload_touches_only_what_changed() {
+    let mut h = House::new(&["a"], &Policy::default());
+    let a = h.serving("a");
+    let same = config(
+        &["a", "new"],
+        &Policy {
+            ttl_ms: Some(9),
+            ..Policy::default()
+        },
+    );
+    assert!(
+        h.step(Event::Reload {
+            config: same.clone(),
+            changed: vec![]
+        })
+        .is_empty()
+    );
+    assert!(
+        h.step(Event::Reload {
+            config: same,
+            changed: vec![name("a")]
+        })
+        .is_empty(),
+        "drains first"
+    );
+    assert_eq!(h.state("a"), State::Draining);
+    assert_eq!(h.step(Event::Finished(a)), [Effect::Stop(name("a"), Instance(0))]);
+    assert_eq!(
+        h.exit("a"),
+        [Effect::Start(name("a"), Instance(1))],
+        "it was ready: it comes back"
+    );
+    h.ready("a");
+    assert_eq!(
+        h.step(Event::Reload {
+            config: config(&["new"], &Policy::default()),
+            changed: vec![]
+        }),
+        [Effect::Stop(name("a"), Instance(1))]
+    );
+    let (r, effects) = h.request("a");
+    assert_eq!(effects, [Effect::Reject(r, Rejection::UnknownModel)]);
+    h.exit("a");
+    assert!(h.core.status(h.now, "a").is_none());
+}
+
+#[test]
+fn minimum_stay_holds_off_a_swap() {
+    let mut h = House::new(
+        &["a", "b"],
+        &Policy {
+            min_stay_ms: 4_000,
+            ..Policy::default()
+        },
+    );
+    let a = h.serving("a");
+    h.step(Event::Finished(a));
+    assert!(h.request("b").1.is_empty());
+    assert_eq!(h.core.deadline(h.now), Some(4_000));
+    assert_eq!(h.tick_at(4_000), [Effect::Stop(name("a"), Instance(0))]);
+}
