@@ -1,1 +1,37 @@
 //! Chat templates in, tool calls and reasoning out.
+//!
+//! A request's messages become a prompt by the model's own chat template ([`ChatTemplate`]), equal to what
+//! `transformers` renders; the model's text becomes content, reasoning and tool calls while it streams
+//! ([`OutputParser`]), and ends at stop strings ([`StopMatcher`]). Nothing here does I/O except
+//! [`ChatTemplate::from_dir`], and nothing knows about HTTP: messages and tools are `serde_json` values.
+//!
+//! # Layout
+//!
+//! - `template/`: Hugging Face chat templates on minijinja.
+//!   - `environment`: the Jinja settings, filters, tests and globals of `transformers`
+//!   - `python`: `str`, `repr`, `json.dumps` as CPython writes them
+//!   - `methods`: Python's methods of strings, dicts and lists
+//!   - `clock`: `strftime_now` with a clock that tests can set
+//!   - `messages`: from OpenAI's messages to the ones that templates read
+//!   - `load`: templates and special tokens of a model directory
+//!   - `error`: [`TemplateError`]
+//! - `output/`: what the model wrote.
+//!   - `delta`: [`Delta`] and its sum, [`ParsedOutput`]
+//!   - `format`: [`ToolFormat`] and [`Reasoning`], and how they are detected
+//!   - `reasoning`: splits `<think>…</think>` from the answer
+//!   - `hermes`: `<tool_call>…</tool_call>`
+//!   - `call`: one call from its JSON text
+//!   - `lenient`: the incremental JSON reader that repairs
+//!   - `tools`, `coerce`: declared parameter types, and bringing values to them
+//! - `stop`: stop strings
+
+mod output;
+mod stop;
+mod template;
+
+pub use output::{
+    CallOutcome, Delivery, Delta, EndReason, MalformedReason, OutputConfig, OutputParser, ParsedOutput,
+    Reasoning, ToolCall, ToolFormat, ToolSet, UnknownToolFormat,
+};
+pub use stop::StopMatcher;
+pub use template::{ChatTemplate, Clock, ContentStyle, RenderInputs, TemplateError, system_clock};
