@@ -1,0 +1,391 @@
+//! `POST /v1/chat/completions`.
+
+use serde_json::{Map, Value};
+
+use super::messages;
+use super::options::{GenerationOptions, response_format};
+use crate::error::ApiError;
+use crate::fields::{Fields, mismatch};
+
+/// Which tool the model may, or must, call.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum ToolChoice {
+    /// As it likes. The default with tools.
+    #[default]
+    Auto,
+    /// None.
+    None,
+    /// At least one.
+    Required,
+    /// This one.
+    Function(String),
+}
+
+/// A checked request.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ChatRequest {
+    /// The model asked for; a worker has one, so it may be left out.
+    pub model: Option<String>,
+    /// The conversation in OpenAI's shape, never empty; roles, contents and calls are of the right kinds.
+    pub messages: Vec<Value>,
+    /// Tool definitions in OpenAI's shape.
+    pub tools: Vec<Value>,
+    /// Which of them.
+    pub tool_choice: ToolChoice,
+    /// Whether one reply may hold several calls.
+    pub parallel_tool_calls: bool,
+    /// `Some(k)`: report log-probabilities, and those of the `k` likeliest tokens (0..=20).
+    pub logprobs: Option<usize>,
+    /// Variables for the template: `chat_template_kwargs`, with `enable_thinking` and `reasoning_effort` put in.
+    pub template_kwargs: Map<String, Value>,
+    /// End the prompt with the opening of an assistant's turn. Default: true.
+    pub add_generation_prompt: bool,
+    /// The rest.
+    pub options: GenerationOptions,
+}
+
+impl ChatRequest {
+    /// Parses and checks a body.
+    ///
+    /// # Errors
+    /// 400 naming the field and its value.
+    pub fn parse(body: &[u8]) -> Result<Self, ApiError> {
+        let mut fields = Fields::parse(body)?;
+        let model = fields.string("model")?.map(str::to_owned);
+        let options = GenerationOptions::read(&mut fields)?;
+        response_format(fields.get("response_format"))?;
+        for (legacy, now) in [("functions", "tools"), ("function_call", "tool_choice")] {
+            if fields.get(legacy).is_some() {
+                return Err(ApiError::invalid(legacy, format!("is not supported; use {now}")));
+            }
+        }
+        if fields.get("audio").is_some() {
+            return Err(ApiError::invalid(
+                "audio",
+                "is not supported: this model writes text only",
+            ));
+        }
+        let Some(messages) = fields.take_array("messages")? else {
+            return Err(ApiError::invalid("messages", "is missing"));
+        };
+        let messages = messages::check(messages)?;
+        let tools = fields.take_array("tools")?.unwrap_or_default();
+        messages::check_tools(&tools)?;
+        let tool_choice = tool_choice(fields.get("tool_choice"), &tools)?;
+        Ok(Self {
+            model,
+            messages,
+            tools,
+            tool_choice,
+            parallel_tool_calls: fields.bool("parallel_tool_calls")?.unwrap_or(true),
+            logprobs: logprobs(&fields)?,
+            template_kwargs: template_kwargs(&mut fields)?,
+            add_generation_prompt: fields.bool("add_generation_prompt")?.unwrap_or(true),
+            options,
+        })
+    }
+}
+
+fn logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
+    let wanted = fields.bool("logprobs")?.unwrap_or(false);
+    let top = fields
+        .integer("top_logprobs", 0, 20)?
+        .and_then(|k| usize::try_from(k).ok());
+    match (wanted, top) {
+        (true, top) => Ok(Some(top.unwrap_or(0))),
+        (false, Some(k)) if k > 0 => Err(ApiError::invalid(
+            "top_logprobs",
+            format!("is {k}, which needs \"logprobs\": true"),
+        )),
+        (false, _) => Ok(None),
+    }
+}
+
+fn template_kwargs(fields: &mut Fields) -> Result<Map<String, Value>, ApiError> {
+    let mut kwargs = Map::new();
+    if let Some(effort) = fields.string("reasoning_effort")? {
+        kwargs.insert("reasoning_effort".to_owned(), effort.into());
+        if effort == "none" {
+            kwargs.insert("enable_thinking".to_owned(), false.into());
+        }
+    }
+    if let Some(thinking) = fields.bool("enable_thinking")? {
+        kwargs.insert("enable_thinking".to_owned(), thinking.into());
+    }
+    // What is written for the template itself has the last word.
+    kwargs.extend(fields.take_object("chat_template_kwargs")?.unwrap_or_default());
+    Ok(kwargs)
+}
+
+fn tool_choice(value: Option<&Value>, tools: &[Value]) -> Result<ToolChoice, ApiError> {
+    let needs_tools = |choice: ToolChoice| {
+        if tools.is_empty() {
+            let wish = value.unwrap_or(&Value::Null);
+            return Err(ApiError::invalid(
+                "tool_choice",
+                format!("is {wish}, but there are no tools"),
+            ));
+        }
+        Ok(choice)
+    };
+    match value {
+        None => Ok(ToolChoice::Auto),
+        Some(Value::String(word)) => match word.as_str() {
+            "auto" => Ok(ToolChoice::Auto),
+            "none" => Ok(ToolChoice::None),
+            "required" => needs_tools(ToolChoice::Required),
+            _ => Err(mismatch(
+                "tool_choice",
+                EXPECTED_CHOICE,
+                &Value::String(word.clone()),
+            )),
+        },
+        Some(object @ Value::Object(_)) => {
+            let name = object.pointer("/function/name").and_then(Value::as_str);
+            let Some(name) = name.filter(|_| object.get("type").and_then(Value::as_str) == Some("function"))
+            else {
+                return Err(mismatch("tool_choice", EXPECTED_CHOICE, object));
+            };
+            let known = |tool: &Value| tool.pointer("/function/name").and_then(Value::as_str) == Some(name);
+            if !tools.iter().any(known) {
+                return Err(ApiError::invalid(
+                    "tool_choice.function.name",
+                    format!("{name:?} is none of the request's tools"),
+                ));
+            }
+            Ok(ToolChoice::Function(name.to_owned()))
+        }
+        Some(other) => Err(mismatch("tool_choice", EXPECTED_CHOICE, other)),
+    }
+}
+
+const EXPECTED_CHOICE: &str =
+    "\"none\", \"auto\", \"required\" or {\"type\":\"function\",\"function\":{\"name\":...}}";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn parse(extra: Value) -> Result<ChatRequest, ApiError> {
+        let mut body = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
+        for (key, value) in extra.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        ChatRequest::parse(body.to_string().as_bytes())
+    }
+
+    #[test]
+    fn a_plain_request_has_the_defaults() {
+        let request = parse(json!({})).unwrap();
+        assert_eq!(request.model.as_deref(), Some("m"));
+        assert_eq!(request.tool_choice, ToolChoice::Auto);
+        assert!(request.parallel_tool_calls && request.add_generation_prompt);
+        assert_eq!(
+            (
+                request.options.n,
+                request.options.stream,
+                request.options.max_tokens
+            ),
+            (1, false, None)
+        );
+        assert_eq!(request.options.sampling, super::super::Sampling::default());
+        assert_eq!(request.logprobs, None);
+    }
+
+    #[test]
+    fn known_fields_are_read() {
+        let request = parse(json!({
+            "temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0.1, "repetition_penalty": 1.5,
+            "presence_penalty": -2, "frequency_penalty": 2.0, "logit_bias": {"7": -100, "07": 5}, "seed": -1,
+            "stop": "end", "max_tokens": 5, "max_completion_tokens": 7.0, "n": 3, "stream": true,
+            "stream_options": {"include_usage": true, "unheard_of": 1}, "logprobs": true, "top_logprobs": 20,
+            "enable_thinking": true, "reasoning_effort": "none", "chat_template_kwargs": {"x": [1]},
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}],
+            "tool_choice": {"type": "function", "function": {"name": "f"}}, "parallel_tool_calls": false,
+            "unknown": {"a": 1}, "response_format": {"type": "text"}, "stop_token_ids": [1, 2], "user": null,
+        }))
+        .unwrap();
+        let s = &request.options.sampling;
+        assert_eq!(
+            (s.temperature, s.top_p, s.top_k, s.min_p),
+            (Some(0.0), Some(1.0), Some(0), Some(0.1))
+        );
+        assert_eq!(
+            (s.repetition_penalty, s.presence_penalty, s.frequency_penalty),
+            (Some(1.5), Some(-2.0), Some(2.0))
+        );
+        assert_eq!(
+            (s.logit_bias.as_slice(), s.seed),
+            ([(7, 5.0)].as_slice(), Some(u64::MAX))
+        );
+        assert_eq!(request.options.stop, ["end"]);
+        assert_eq!(request.options.stop_token_ids, [1, 2]);
+        assert_eq!((request.options.max_tokens, request.options.n), (Some(7), 3));
+        assert!(request.options.stream && request.options.include_usage && !request.parallel_tool_calls);
+        assert_eq!(request.logprobs, Some(20));
+        assert_eq!(request.tool_choice, ToolChoice::Function("f".into()));
+        assert_eq!(
+            Value::Object(request.template_kwargs),
+            json!({"reasoning_effort": "none", "enable_thinking": true, "x": [1]})
+        );
+    }
+
+    #[test]
+    fn errors_name_field_and_value() {
+        let tool = json!([{"type": "function", "function": {"name": "f"}}]);
+        let table = [
+            (json!({"temperature": 2.1}), "temperature", "2.1"),
+            (json!({"temperature": -0.5}), "temperature", "-0.5"),
+            (json!({"temperature": "hot"}), "temperature", "\"hot\""),
+            (json!({"top_p": 0}), "top_p", "got 0"),
+            (json!({"top_p": 1.01}), "top_p", "1.01"),
+            (json!({"top_k": -2}), "top_k", "-2"),
+            (json!({"min_p": 1.5}), "min_p", "1.5"),
+            (json!({"repetition_penalty": 0}), "repetition_penalty", "got 0"),
+            (json!({"presence_penalty": 3}), "presence_penalty", "3"),
+            (json!({"frequency_penalty": -3}), "frequency_penalty", "-3"),
+            (json!({"logit_bias": {"x": 1}}), "logit_bias", "\"x\""),
+            (json!({"logit_bias": {"5": 101}}), "logit_bias[\"5\"]", "101"),
+            (json!({"logit_bias": [1]}), "logit_bias", "[1]"),
+            (json!({"seed": 1.5}), "seed", "1.5"),
+            (json!({"n": 0}), "n", "got 0"),
+            (json!({"n": 17}), "n", "17"),
+            (json!({"max_tokens": 0}), "max_tokens", "got 0"),
+            (json!({"max_tokens": -1}), "max_tokens", "-1"),
+            (
+                json!({"max_completion_tokens": "5"}),
+                "max_completion_tokens",
+                "\"5\"",
+            ),
+            (json!({"stop": ["a", 1]}), "stop[1]", "got 1"),
+            (json!({"stop": ""}), "stop", "empty"),
+            (json!({"stop": vec!["a"; 17]}), "stop", "17"),
+            (json!({"stop": 5}), "stop", "5"),
+            (json!({"stream": "yes"}), "stream", "\"yes\""),
+            (json!({"stream_options": true}), "stream_options", "true"),
+            (
+                json!({"stream_options": {"include_usage": 1}}),
+                "stream_options.include_usage",
+                "1",
+            ),
+            (
+                json!({"logprobs": true, "top_logprobs": 21}),
+                "top_logprobs",
+                "21",
+            ),
+            (json!({"top_logprobs": 3}), "top_logprobs", "3"),
+            (json!({"logprobs": 3}), "logprobs", "3"),
+            (
+                json!({"response_format": {"type": "json_object"}}),
+                "response_format.type",
+                "json_object",
+            ),
+            (
+                json!({"response_format": {"type": "json_schema"}}),
+                "response_format.type",
+                "not supported yet",
+            ),
+            (json!({"response_format": "text"}), "response_format", "\"text\""),
+            (json!({"model": 5}), "model", "5"),
+            (json!({"messages": []}), "messages", "empty"),
+            (json!({"messages": null}), "messages", "missing"),
+            (json!({"messages": "hi"}), "messages", "\"hi\""),
+            (json!({"messages": ["hi"]}), "messages[0]", "\"hi\""),
+            (
+                json!({"messages": [{"content": "hi"}]}),
+                "messages[0].role",
+                "missing",
+            ),
+            (
+                json!({"messages": [{"role": "king", "content": "hi"}]}),
+                "messages[0].role",
+                "\"king\"",
+            ),
+            (
+                json!({"messages": [{"role": "user"}]}),
+                "messages[0].content",
+                "missing",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": 5}]}),
+                "messages[0].content",
+                "5",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"},
+                    {"type": "image_url", "image_url": {"url": "u"}}]}]}),
+                "messages[0].content[1].type",
+                "image_url",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": [{"type": "text"}]}]}),
+                "messages[0].content[0].text",
+                "missing",
+            ),
+            (
+                json!({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": ""}}]}]}),
+                "messages[0].tool_calls[0].function.name",
+                "\"\"",
+            ),
+            (
+                json!({"messages": [{"role": "user", "content": "x",
+                    "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]}),
+                "messages[0].tool_calls",
+                "user",
+            ),
+            (json!({"tools": [{"type": "magic"}]}), "tools[0].type", "magic"),
+            (
+                json!({"tools": [{"type": "function"}]}),
+                "tools[0].function",
+                "null",
+            ),
+            (
+                json!({"tools": [{"type": "function", "function": {}}]}),
+                "tools[0].function.name",
+                "null",
+            ),
+            (json!({"tool_choice": "required"}), "tool_choice", "no tools"),
+            (
+                json!({"tool_choice": "maybe", "tools": tool}),
+                "tool_choice",
+                "maybe",
+            ),
+            (
+                json!({"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": tool}),
+                "tool_choice.function.name",
+                "\"g\"",
+            ),
+            (json!({"functions": []}), "functions", "tools"),
+            (json!({"enable_thinking": "yes"}), "enable_thinking", "\"yes\""),
+            (
+                json!({"chat_template_kwargs": [1]}),
+                "chat_template_kwargs",
+                "[1]",
+            ),
+        ];
+        for (extra, param, part) in table {
+            let error = parse(extra.clone()).expect_err(&extra.to_string());
+            assert_eq!(error.status, 400, "{extra}");
+            assert_eq!(error.param.as_deref(), Some(param), "{extra}");
+            assert!(error.message.starts_with(param), "{extra}: {}", error.message);
+            assert!(error.message.contains(part), "{extra}: {}", error.message);
+        }
+    }
+
+    #[test]
+    fn contents_are_brought_into_one_form() {
+        let request = parse(json!({"messages": [
+            {"role": "developer", "content": null},
+            {"role": "assistant", "tool_calls": [], "reasoning": "because"},
+            {"role": "tool", "content": [{"type": "text", "text": "4"}], "tool_call_id": "c1"},
+        ]}))
+        .unwrap();
+        assert_eq!(request.messages[0], json!({"role": "developer", "content": ""}));
+        assert_eq!(
+            request.messages[1],
+            json!({"role": "assistant", "reasoning": "because", "content": null, "reasoning_content": "because"})
+        );
+        assert_eq!(request.messages[2]["content"][0]["text"], "4");
+    }
+}
