@@ -1,9 +1,11 @@
 //! The rules of the whole house and of each model.
 
+use std::sync::Arc;
+
 use indexmap::IndexMap;
 
 use crate::event::{Millis, ModelId};
-use crate::residency::Residency;
+use crate::residency::{OneAtATime, Residency};
 
 /// What happens to a load that nobody waits for any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
@@ -88,12 +90,22 @@ impl Default for Fairness {
 }
 
 /// All rules.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct Config {
     /// Every model, by resolved id.
     pub models: IndexMap<ModelId, Policy>,
     /// Who may be resident beside whom.
-    pub residency: Residency,
+    pub residency: Arc<dyn Residency>,
     /// Bounds on waiting and retries.
     pub fairness: Fairness,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            models: IndexMap::new(),
+            residency: Arc::new(OneAtATime),
+            fairness: Fairness::default(),
+        }
+    }
 }

@@ -10,8 +10,8 @@
 //!
 //! A model goes `stopped → starting → ready → draining → stopping → stopped`; after a failure it is `backoff` for a while.
 //!
-//! Layout: `event` what comes in and goes out; `config` the rules of each model; `residency` who may be resident
-//! beside whom (groups, matrix); `model` the state of one model; `machine` the reaction to each event; `settle` what
+//! Layout: `event` what comes in and goes out; `config` the rules of each model; `residency` the rule of who may
+//! be resident beside whom; `model` the state of one model; `machine` the reaction to each event; `settle` what
 //! follows from time and from the queues.
 
 mod config;
@@ -26,4 +26,4 @@ pub use event::{
     CutReason, Effect, Event, Failure, Instance, Kind, Millis, ModelId, Rejection, RequestId, State, Ticket,
 };
 pub use machine::{Lifecycle, ModelStatus};
-pub use residency::{Expr, Group, Groups, Matrix, Residency};
+pub use residency::{OneAtATime, Residency};

@@ -47,10 +47,10 @@ pub struct ModelStatus {
 }
 
 /// The whole house.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Lifecycle {
     pub(crate) models: IndexMap<ModelId, Model>,
-    pub(crate) residency: Residency,
+    pub(crate) residency: Arc<dyn Residency>,
     pub(crate) fairness: Fairness,
     pub(crate) requests: HashMap<RequestId, Place>,
     pub(crate) unloads: Vec<PendingUnload>,
@@ -72,7 +72,11 @@ impl Lifecycle {
                 .collect(),
             residency: config.residency,
             fairness: config.fairness,
-            ..Self::default()
+            requests: HashMap::new(),
+            unloads: Vec::new(),
+            next_instance: 0,
+            next_seq: 0,
+            shutdown: None,
         }
     }
 

@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lifecycle::{
-    Abandoned, Config, Effect, Event, Expr, Failure, Fairness, Group, Groups, Instance, Kind, Lifecycle,
-    Matrix, ModelId, Policy, RequestId, Residency, State, Ticket,
+    Abandoned, Config, Effect, Event, Failure, Fairness, Instance, Kind, Lifecycle, ModelId, OneAtATime,
+    Policy, RequestId, Residency, State, Ticket,
 };
 use proptest::prelude::*;
 
@@ -77,32 +77,67 @@ fn policy() -> impl Strategy<Value = Policy> {
         )
 }
 
-fn residency() -> impl Strategy<Value = Residency> {
-    let flags = || (any::<bool>(), any::<bool>(), any::<bool>());
-    let groups = (flags(), flags(), 0..5_usize).prop_map(|(x, y, split)| {
-        let group = |members: Vec<usize>, (swap, exclusive, persistent): (bool, bool, bool)| Group {
-            members: members.into_iter().map(id).collect(),
-            swap,
-            exclusive,
-            persistent,
+/// Groups by number: members of one group take turns if it swaps; an exclusive one evicts the others.
+#[derive(Debug)]
+struct ByGroup {
+    of: [usize; 4],
+    swap: [bool; 3],
+    exclusive: [bool; 3],
+    persistent: [bool; 3],
+}
+
+impl Residency for ByGroup {
+    fn evictions<'a>(&self, target: &ModelId, running: &[&'a ModelId]) -> Vec<&'a ModelId> {
+        let group = |m: &ModelId| self.of[NAMES.iter().position(|n| *n == &**m).unwrap()];
+        let own = group(target);
+        let goes = |m: &&&ModelId| match group(m) {
+            g if g == own => self.swap[g] && **m != target,
+            g => self.exclusive[own] && !self.persistent[g],
         };
-        // Up to four models over two groups; the last may stay in the implicit one.
-        let first: Vec<usize> = (0..split.min(3)).collect();
-        let second: Vec<usize> = (split.min(3)..3).collect();
-        Residency::Groups(Groups {
-            groups: vec![group(first, x), group(second, y)],
-        })
-    });
-    let expr = prop::collection::vec(prop::collection::vec(0..4_usize, 1..4), 1..4).prop_map(|sets| {
-        let sets = sets
-            .into_iter()
-            .map(|s| Expr::All(s.into_iter().map(|m| Expr::Model(id(m))).collect()));
-        Residency::Matrix(Matrix {
-            sets: sets.collect(),
-            evict_costs: vec![(id(0), 3)],
-        })
-    });
-    prop_oneof![2 => Just(Residency::default()), 2 => groups, 1 => expr]
+        if running.contains(&target) {
+            vec![]
+        } else {
+            running.iter().filter(goes).copied().collect()
+        }
+    }
+}
+
+/// Allowed sets as bits; the one that keeps the most is chosen.
+#[derive(Debug)]
+struct BySet(Vec<u8>);
+
+impl Residency for BySet {
+    fn evictions<'a>(&self, target: &ModelId, running: &[&'a ModelId]) -> Vec<&'a ModelId> {
+        let bit = |m: &ModelId| 1_u8 << NAMES.iter().position(|n| *n == &**m).unwrap();
+        let runs: u8 = running.iter().map(|m| bit(m)).sum();
+        if runs & bit(target) != 0 {
+            return vec![];
+        }
+        let fitting = self.0.iter().filter(|s| **s & bit(target) != 0);
+        let kept = fitting
+            .max_by_key(|s| (**s & runs).count_ones())
+            .copied()
+            .unwrap_or(0);
+        running.iter().filter(|m| bit(m) & kept == 0).copied().collect()
+    }
+}
+
+fn residency() -> impl Strategy<Value = Arc<dyn Residency>> {
+    let flags = || any::<[bool; 3]>();
+    let groups = (prop::array::uniform4(0..3_usize), flags(), flags(), flags()).prop_map(
+        |(of, swap, exclusive, persistent)| -> Arc<dyn Residency> {
+            Arc::new(ByGroup {
+                of,
+                swap,
+                exclusive,
+                persistent,
+            })
+        },
+    );
+    let sets =
+        prop::collection::vec(0..16_u8, 1..4).prop_map(|s| -> Arc<dyn Residency> { Arc::new(BySet(s)) });
+    let one: Arc<dyn Residency> = Arc::new(OneAtATime);
+    prop_oneof![2 => Just(one), 2 => groups, 1 => sets]
 }
 
 fn config() -> impl Strategy<Value = Config> {
