@@ -92,7 +92,13 @@ fn value(node: &Node, ty: Ty, path: &str, findings: &mut Findings) {
                     describe(ty)
                 )
             } else {
-                format!("expected {}, found {}{shown}", describe(ty), node.kind())
+                let hint = match ty {
+                    Ty::Object(object) if object.name == "profiles.<name>" && !node.items().is_empty() => {
+                        "; lists of models are the old form: write `pins: {requested-name: model}`"
+                    }
+                    _ => "",
+                };
+                format!("expected {}, found {}{shown}{hint}", describe(ty), node.kind())
             };
             let code = if out_of_range { Code::Value } else { Code::Type };
             findings.error(code, node.at, path, message);

@@ -61,6 +61,16 @@ pub struct Diagnostic {
     pub message: String,
 }
 
+impl Diagnostic {
+    /// Whether `swapd check` fails for it: errors always; keys that nobody reads and names that nothing has, unless it
+    /// is lenient.
+    #[must_use]
+    pub fn fails_check(&self, lenient: bool) -> bool {
+        self.severity == Severity::Error
+            || (!lenient && matches!(self.code, Code::UnknownKey | Code::UnknownName))
+    }
+}
+
 /// A [`Diagnostic`] of [`Severity::Warning`].
 pub type Warning = Diagnostic;
 

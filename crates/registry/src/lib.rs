@@ -17,13 +17,14 @@
 //! | `show`, `schema`, `docs` | a registry for people, the JSON Schema, the reference page                  |
 //!
 //! Reading goes on after an error, so that all of them are reported at once, each with file, line, column and key.
-//! Apart from looking up environment variables and the current directory, nothing here touches the system:
-//! [`Options`] can replace both.
+//! [`Registry::from_sources`] reads no file: environment variables (through [`Options`]), the home directory and the
+//! current directory are all that it asks the system for.
 
 mod check;
 mod decode;
 mod diagnostic;
 mod diff;
+mod docs;
 mod duration;
 mod env;
 mod keys;
@@ -32,15 +33,19 @@ mod macros;
 mod matrix;
 mod merge;
 mod routing;
+mod schema;
 mod shell;
+mod show;
 mod types;
 mod yaml;
 
 pub use diagnostic::{Code, Diagnostic, Severity, Warning};
 pub use diff::RegistryDiff;
+pub use docs::configuration_markdown;
 pub use load::{Options, Source};
 pub use matrix::Matrix;
 pub use routing::Target;
+pub use schema::schema;
 pub use types::{
     ApiKey, Capabilities, CommandLaunch, Filters, Globals, Group, Json, Launch, LogLevel, LogTo, Model, Peer,
     Profile, Registry, Routing, Scheduler, Selector, Strategy, Timeouts, WorkerLaunch,

@@ -182,9 +182,7 @@ pub(crate) fn parse(
                 }
             }
             Ok((event, span)) => {
-                if builder.event(event, &span).is_none() {
-                    return None;
-                }
+                builder.event(event, &span)?;
             }
             Err(e) => {
                 let marker = e.marker();
@@ -452,10 +450,9 @@ pub(crate) fn plain(text: &str) -> Data {
     {
         return Data::Int(value, text.into());
     }
-    if !unsigned.is_empty() && unsigned.bytes().all(|b| b.is_ascii_digit()) {
-        if let Ok(value) = text.parse::<i64>() {
-            return Data::Int(value, text.into());
-        }
+    let digits = !unsigned.is_empty() && unsigned.bytes().all(|b| b.is_ascii_digit());
+    if let (true, Ok(value)) = (digits, text.parse::<i64>()) {
+        return Data::Int(value, text.into());
     }
     let numeric = unsigned.starts_with(|c: char| c.is_ascii_digit() || c == '.')
         && unsigned.bytes().any(|b| b.is_ascii_digit())
