@@ -2,6 +2,11 @@
 //!
 //! | module    | idea                                                                 |
 //! |-----------|----------------------------------------------------------------------|
+//! | `engine`  | the thread that owns MLX and every sequence                            |
+//! | `model`   | config.json, weights, layers: a model directory run through MLX      |
 //! | `backend` | the seam to the engine, and a scripted engine for tests               |
 
 pub mod backend;
+pub mod engine;
+pub mod model;
+pub mod text;
