@@ -1,3 +1,5 @@
-//! swapd: see the crate description.
+//! The program; all of it is in the library.
 
-fn main() {}
+fn main() -> std::process::ExitCode {
+    swapd::cli::main()
+}

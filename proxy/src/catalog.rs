@@ -1,0 +1,130 @@
+//! The registry as the proxy asks it: which model answers to a name, under which rules.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use lifecycle::{Abandoned, Config, Fairness, ModelId, Policy};
+use registry::Registry;
+
+use crate::process::Definition;
+use crate::residency;
+use crate::upstream::Limits;
+
+/// One registry in force, with its names looked up once.
+#[derive(Debug)]
+pub struct Catalog {
+    /// The registry itself.
+    pub registry: Arc<Registry>,
+    names: HashMap<Box<str>, ModelId>,
+    definitions: HashMap<ModelId, Arc<Definition>>,
+}
+
+impl Catalog {
+    /// Indexes a registry.
+    #[must_use]
+    pub fn new(registry: Registry) -> Self {
+        let mut names = HashMap::new();
+        let mut definitions = HashMap::new();
+        for (id, model) in &registry.models {
+            let model_id: ModelId = id.as_str().into();
+            for alias in &model.aliases {
+                names.insert(alias.as_str().into(), model_id.clone());
+            }
+            let limits = Limits {
+                connect: model.timeouts.connect,
+                response_header: model.timeouts.response_header,
+                idle: model.timeouts.idle_conn,
+            };
+            let definition = Definition {
+                id: model_id.clone(),
+                launch: model.launch.clone(),
+                limits,
+            };
+            definitions.insert(model_id, Arc::new(definition));
+        }
+        // A model's own id wins over any alias.
+        names.extend(definitions.keys().map(|id| (Box::from(&**id), id.clone())));
+        Self {
+            registry: Arc::new(registry),
+            names,
+            definitions,
+        }
+    }
+
+    /// The model that answers to this id or alias.
+    #[must_use]
+    pub fn resolve(&self, name: &str) -> Option<&ModelId> {
+        self.names.get(name)
+    }
+
+    /// The longest id or alias that `path` (without a leading slash) begins with, and what follows it: empty, or
+    /// beginning with a slash.
+    #[must_use]
+    pub fn resolve_prefix<'a>(&self, path: &'a str) -> Option<(&ModelId, &'a str)> {
+        let mut ends: Vec<usize> = path.match_indices('/').map(|(i, _)| i).collect();
+        ends.push(path.len());
+        ends.iter().rev().find_map(|end| {
+            let (name, rest) = path.split_at_checked(*end)?;
+            Some((self.names.get(name)?, rest))
+        })
+    }
+
+    /// The name most like `name`, for error messages.
+    #[must_use]
+    pub fn near<'a>(&'a self, name: &str) -> Option<&'a str> {
+        knobs::closest(name, self.names.keys().map(|k| &**k))
+    }
+
+    /// How a model is started.
+    #[must_use]
+    pub fn definition(&self, id: &str) -> Option<&Arc<Definition>> {
+        self.definitions.get(id)
+    }
+
+    /// A model's registry entry.
+    #[must_use]
+    pub fn model(&self, id: &str) -> Option<&registry::Model> {
+        self.registry.models.get(id)
+    }
+
+    /// The rules for the lifecycle.
+    #[must_use]
+    pub fn rules(&self) -> Config {
+        let scheduler = &self.registry.globals.scheduler;
+        let policy = |m: &registry::Model| Policy {
+            concurrency_limit: m.concurrency_limit,
+            queue_limit: scheduler.max_queue,
+            max_wait_ms: millis(scheduler.max_queue_age),
+            ttl_ms: m.ttl.map(millis),
+            drain_grace_ms: millis(m.unload_timeout),
+            stop_grace_ms: millis(m.unload_timeout),
+            start_timeout_ms: millis(m.health_check_timeout),
+            priority: m.priority,
+            min_stay_ms: millis(scheduler.min_stay),
+            abandoned: if scheduler.keep_abandoned_loads {
+                Abandoned::Keep
+            } else {
+                Abandoned::Cancel
+            },
+        };
+        Config {
+            models: self
+                .registry
+                .models
+                .iter()
+                .map(|(id, m)| (id.as_str().into(), policy(m)))
+                .collect(),
+            residency: residency::of(&self.registry),
+            fairness: Fairness {
+                max_passed: scheduler.max_passed,
+                max_passing_ms: millis(scheduler.max_wait),
+                ..Fairness::default()
+            },
+        }
+    }
+}
+
+fn millis(d: Duration) -> u64 {
+    u64::try_from(d.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,330 @@
+//! Command line: llama-swap's flags with one dash or two, and the commands of our own.
+
+use std::io::Write;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use registry::{Code, Diagnostic, Globals, LogLevel, LogTo, Options, Registry, Severity};
+use tracing_subscriber::filter::LevelFilter;
+
+use crate::catalog::Catalog;
+use crate::house::House;
+use crate::http::App;
+use crate::logs::Logs;
+use crate::process::supervise;
+
+/// Where it listens unless told otherwise.
+pub const DEFAULT_LISTEN: &str = "127.0.0.1:11434";
+/// Largest request body.
+const MAX_BODY: usize = 256 << 20;
+
+const HELP: &str = "\
+swapd: one address in front of many model servers
+
+Usage:
+  swapd --config FILE [--config-dir DIR] [--listen ADDR] [--watch-config]   serve
+  swapd check --config FILE [--config-dir DIR] [--lenient]                   validate, exit 0 or 1
+  swapd --version
+
+Options (one dash or two):
+  --config FILE       registry, YAML or JSON
+  --config-dir DIR    more registry files, *.yml and *.yaml, merged by name
+  --listen ADDR       address, default 127.0.0.1:11434; ':PORT' means 127.0.0.1:PORT
+  --watch-config      take up changes of the registry without a restart
+  --lenient           check: unknown keys are no failure
+";
+
+/// What the command line asks for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Serve.
+    Serve(Paths, ServeOptions),
+    /// Validate; whether unknown keys are forgiven.
+    Check(Paths, bool),
+    /// Print the version.
+    Version,
+    /// Print the help.
+    Help,
+}
+
+/// Where the registry is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Paths {
+    /// One file.
+    pub config: Option<PathBuf>,
+    /// A directory of files.
+    pub config_dir: Option<PathBuf>,
+}
+
+/// How to serve.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ServeOptions {
+    /// Address as written.
+    pub listen: String,
+    /// Whether to follow changes of the registry.
+    pub watch: bool,
+}
+
+/// Reads the arguments after the program's name.
+///
+/// # Errors
+/// A sentence that says what is wrong.
+pub fn parse(args: &[String]) -> Result<Command, String> {
+    let mut args = args.iter().peekable();
+    let check = args.next_if(|a| *a == "check").is_some();
+    let mut paths = Paths::default();
+    let mut options = ServeOptions {
+        listen: DEFAULT_LISTEN.to_owned(),
+        watch: false,
+    };
+    let mut lenient = false;
+    while let Some(arg) = args.next() {
+        let Some(flag) = arg.strip_prefix('-') else {
+            return Err(format!("unexpected argument '{arg}'"));
+        };
+        let flag = flag.strip_prefix('-').unwrap_or(flag);
+        let (name, mut inline) = match flag.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => (flag, None),
+        };
+        let mut value = || {
+            inline
+                .take()
+                .or_else(|| args.next().cloned())
+                .ok_or_else(|| format!("--{name} needs a value"))
+        };
+        match name {
+            "config" => paths.config = Some(value()?.into()),
+            "config-dir" => paths.config_dir = Some(value()?.into()),
+            "listen" if !check => options.listen = value()?,
+            "watch-config" if !check => options.watch = boolean(name, inline)?,
+            "lenient" if check => lenient = boolean(name, inline)?,
+            "version" => return Ok(Command::Version),
+            "h" | "help" => return Ok(Command::Help),
+            _ => return Err(format!("unknown option '{arg}'")),
+        }
+    }
+    if paths.config.is_none() && paths.config_dir.is_none() {
+        return Err("--config FILE or --config-dir DIR is required".to_owned());
+    }
+    Ok(if check {
+        Command::Check(paths, lenient)
+    } else {
+        Command::Serve(paths, options)
+    })
+}
+
+fn boolean(name: &str, value: Option<String>) -> Result<bool, String> {
+    match value.as_deref() {
+        None | Some("true" | "1" | "t") => Ok(true),
+        Some("false" | "0" | "f") => Ok(false),
+        Some(other) => Err(format!("--{name}={other} is neither true nor false")),
+    }
+}
+
+/// An address as written: `HOST:PORT`; without a host, loopback.
+///
+/// # Errors
+/// A sentence that says what is wrong.
+pub fn parse_listen(listen: &str) -> Result<SocketAddr, String> {
+    let whole = if listen.starts_with(':') {
+        format!("127.0.0.1{listen}")
+    } else {
+        listen.to_owned()
+    };
+    let mut found = whole
+        .to_socket_addrs()
+        .map_err(|e| format!("--listen {listen}: {e}"))?;
+    found
+        .next()
+        .ok_or_else(|| format!("--listen {listen}: no address"))
+}
+
+/// The whole program: returns its exit code. 0 normal, 1 a bad registry or address, 2 a bad command line.
+#[must_use]
+pub fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    match args.as_slice() {
+        [role, rest @ ..] if role == supervise::ROLE => return supervise::supervise(rest),
+        [role, parent, rest @ ..] if role == supervise::EXEC_ROLE => return supervise::exec(parent, rest),
+        _ => {}
+    }
+    match parse(&args) {
+        Ok(Command::Version) => {
+            say(&format!("swapd {}", env!("CARGO_PKG_VERSION")));
+            ExitCode::SUCCESS
+        }
+        Ok(Command::Help) => {
+            say(HELP.trim_end());
+            ExitCode::SUCCESS
+        }
+        Ok(Command::Check(paths, lenient)) => check(&paths, lenient),
+        Ok(Command::Serve(paths, options)) => match serve(&paths, &options) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(message) => {
+                complain(&message);
+                ExitCode::from(1)
+            }
+        },
+        Err(message) => {
+            complain(&format!("swapd: {message}\n\n{}", HELP.trim_end()));
+            ExitCode::from(2)
+        }
+    }
+}
+
+fn say(text: &str) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
+
+fn complain(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Reads the registry.
+///
+/// # Errors
+/// All findings, warnings among them.
+pub fn load(paths: &Paths, options: &Options<'_>) -> Result<(Registry, Vec<Diagnostic>), Vec<Diagnostic>> {
+    Registry::from_paths(paths.config.as_deref(), paths.config_dir.as_deref(), options)
+}
+
+fn lines(findings: &[Diagnostic]) -> String {
+    findings
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join("\n")
+}
+
+fn check(paths: &Paths, lenient: bool) -> ExitCode {
+    let (findings, models) = match load(paths, &Options::default()) {
+        Ok((registry, warnings)) => (warnings, Some(registry.models.len())),
+        Err(errors) => (errors, None),
+    };
+    if !findings.is_empty() {
+        complain(&lines(&findings));
+    }
+    let fails = |d: &Diagnostic| d.severity == Severity::Error || (!lenient && d.code == Code::UnknownKey);
+    match models {
+        Some(n) if !findings.iter().any(fails) => {
+            say(&format!("ok: {n} model{}", if n == 1 { "" } else { "s" }));
+            ExitCode::SUCCESS
+        }
+        _ => ExitCode::from(1),
+    }
+}
+
+fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
+    // Everything is parsed before a port is bound.
+    let address = parse_listen(&options.listen)?;
+    let (registry, warnings) = load(paths, &Options::default()).map_err(|errors| lines(&errors))?;
+    let logs = Logs::default();
+    start_log(&registry.globals, &logs);
+    for warning in warnings {
+        tracing::warn!("{warning}");
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|e| format!("cannot start the runtime: {e}"))?;
+    runtime.block_on(async {
+        let listener = tokio::net::TcpListener::bind(address).await;
+        let listener = listener.map_err(|e| format!("cannot listen on {address}: {e}"))?;
+        let address = listener.local_addr().map_err(|e| e.to_string())?;
+        tracing::info!("listening on http://{address}");
+        let preload = registry.globals.preload.clone();
+        let house = House::new(Arc::new(Catalog::new(registry)), logs);
+        for name in preload {
+            let house = house.clone();
+            tokio::spawn(async move {
+                if let Err(reason) = house.load(&name.as_str().into()).await {
+                    tracing::warn!(model = %name, ?reason, "preload");
+                }
+            });
+        }
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |d| d.as_secs());
+        let app = Arc::new(App {
+            house,
+            max_body: MAX_BODY,
+            started_unix: now,
+        });
+        crate::serve::serve(app, listener)
+            .await
+            .map_err(|e| e.to_string())
+    })
+}
+
+fn start_log(globals: &Globals, logs: &Logs) {
+    let level = match globals.log_level {
+        LogLevel::Debug => LevelFilter::DEBUG,
+        LogLevel::Info => LevelFilter::INFO,
+        LogLevel::Warn => LevelFilter::WARN,
+        LogLevel::Error => LevelFilter::ERROR,
+    };
+    let stdout = matches!(globals.log_to_stdout, LogTo::Proxy | LogTo::Both);
+    let writer = logs.writer(stdout);
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_ansi(false)
+        .with_target(false);
+    let subscriber = subscriber.with_writer(move || writer.clone());
+    // Without a subscriber of its own a test may have set one already; then this one is not needed.
+    let _ = match globals.log_time_format {
+        None => tracing::subscriber::set_global_default(subscriber.without_time().finish()),
+        Some(_) => tracing::subscriber::set_global_default(subscriber.finish()),
+    };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(line: &str) -> Result<Command, String> {
+        parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn one_dash_or_two() {
+        let expected = Command::Serve(
+            Paths {
+                config: Some("f.yaml".into()),
+                config_dir: None,
+            },
+            ServeOptions {
+                listen: ":8080".into(),
+                watch: true,
+            },
+        );
+        assert_eq!(
+            args("-config f.yaml -listen :8080 -watch-config").unwrap(),
+            expected
+        );
+        assert_eq!(
+            args("--config=f.yaml --watch-config=true --listen=:8080").unwrap(),
+            expected
+        );
+        assert_eq!(args("--version").unwrap(), Command::Version);
+        assert!(matches!(
+            args("check --config f --lenient").unwrap(),
+            Command::Check(_, true)
+        ));
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        assert_eq!(args("--confg f").unwrap_err(), "unknown option '--confg'");
+        assert_eq!(args("--config").unwrap_err(), "--config needs a value");
+        assert!(args("").unwrap_err().contains("required"));
+        assert!(
+            args("--config f --watch-config=maybe")
+                .unwrap_err()
+                .contains("maybe")
+        );
+        assert_eq!(parse_listen(":81").unwrap().to_string(), "127.0.0.1:81");
+        assert!(parse_listen("nonsense").is_err());
+    }
+}

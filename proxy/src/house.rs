@@ -1,0 +1,468 @@
+//! The thin shell around `lifecycle`: events in, effects out, nothing decided here.
+//!
+//! One lock guards the core; a request for a ready model takes it once on the way in and once on the way out. Nothing
+//! waits while holding it.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use lifecycle::{
+    CutReason, Effect, Event, Instance, Kind, Lifecycle, ModelId, ModelStatus, Rejection, RequestId, State,
+    Ticket,
+};
+use parking_lot::Mutex;
+use tokio::sync::{Notify, broadcast, oneshot};
+use tokio::task::AbortHandle;
+
+use crate::catalog::Catalog;
+use crate::logs::Logs;
+use crate::process::{self, Order, Process, Report};
+use crate::upstream::SharedPool;
+
+/// State changes that a slow reader of the feed may lag behind.
+const FEED: usize = 256;
+
+/// A model has changed its state.
+#[derive(Clone, Debug)]
+pub struct StateChange {
+    /// Which.
+    pub model: ModelId,
+    /// Now.
+    pub state: State,
+}
+
+/// All models and their processes.
+#[derive(Debug)]
+pub struct House {
+    inner: Mutex<Inner>,
+    epoch: Instant,
+    next_id: AtomicU64,
+    rearm: Notify,
+    empty: Notify,
+    states: broadcast::Sender<StateChange>,
+    /// What the processes write.
+    pub logs: Logs,
+}
+
+#[derive(Debug)]
+struct Inner {
+    core: Lifecycle,
+    catalog: Arc<Catalog>,
+    slots: HashMap<RequestId, Slot>,
+    processes: HashMap<Instance, Arc<Process>>,
+    unloads: HashMap<Ticket, oneshot::Sender<()>>,
+    effects: Vec<Effect>,
+    /// When the timer fires next.
+    armed: Option<u64>,
+    empty: bool,
+}
+
+#[derive(Debug)]
+enum Slot {
+    Waiting(oneshot::Sender<Result<Option<Granted>, Rejection>>),
+    Running(Arc<Wire>),
+}
+
+#[derive(Debug)]
+struct Granted {
+    process: Arc<Process>,
+    wire: Arc<Wire>,
+}
+
+/// The connection that a request in flight hangs on, so that it can be cut.
+#[derive(Debug, Default)]
+pub struct Wire {
+    inner: Mutex<WireState>,
+}
+
+#[derive(Debug, Default)]
+struct WireState {
+    task: Option<AbortHandle>,
+    cut: Option<CutReason>,
+}
+
+impl Wire {
+    /// Says which task to abort for a cut. Aborts at once if the cut came first.
+    pub fn attach(&self, task: AbortHandle) {
+        let mut inner = self.inner.lock();
+        if inner.cut.is_some() {
+            task.abort();
+        }
+        inner.task = Some(task);
+    }
+
+    fn cut(&self, reason: CutReason) {
+        let mut inner = self.inner.lock();
+        inner.cut = Some(reason);
+        if let Some(task) = &inner.task {
+            task.abort();
+        }
+    }
+
+    /// Why the request was cut, if it was.
+    #[must_use]
+    pub fn why_cut(&self) -> Option<CutReason> {
+        self.inner.lock().cut
+    }
+}
+
+/// The right to use a ready process for one request; given back when dropped.
+#[derive(Debug)]
+pub struct Lease {
+    house: Arc<House>,
+    id: RequestId,
+    /// The process.
+    pub process: Arc<Process>,
+    /// For cutting.
+    pub wire: Arc<Wire>,
+}
+
+impl Lease {
+    /// Where to send the request: connections and path prefix.
+    #[must_use]
+    pub fn upstream(&self) -> Option<&(SharedPool, String)> {
+        self.process.upstream.get()
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.house.forget(self.id, Event::Finished(self.id));
+    }
+}
+
+/// A request that waits; cancelled when dropped.
+struct Waiting<'a> {
+    house: &'a Arc<House>,
+    id: RequestId,
+    answered: bool,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if !self.answered {
+            self.house.forget(self.id, Event::Cancelled(self.id));
+        }
+    }
+}
+
+impl House {
+    /// A house with every model stopped. [`House::keep_time`] must run beside it.
+    #[must_use]
+    pub fn new(catalog: Arc<Catalog>, logs: Logs) -> Arc<Self> {
+        let inner = Inner {
+            core: Lifecycle::new(catalog.rules()),
+            catalog,
+            slots: HashMap::new(),
+            processes: HashMap::new(),
+            unloads: HashMap::new(),
+            effects: Vec::new(),
+            armed: None,
+            empty: false,
+        };
+        Arc::new(Self {
+            inner: Mutex::new(inner),
+            epoch: Instant::now(),
+            next_id: AtomicU64::new(1),
+            rearm: Notify::new(),
+            empty: Notify::new(),
+            states: broadcast::channel(FEED).0,
+            logs,
+        })
+    }
+
+    fn now(&self) -> u64 {
+        u64::try_from(self.epoch.elapsed().as_millis()).unwrap_or(u64::MAX)
+    }
+
+    fn fresh(&self) -> u64 {
+        self.next_id.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// The catalog in force.
+    #[must_use]
+    pub fn catalog(&self) -> Arc<Catalog> {
+        self.inner.lock().catalog.clone()
+    }
+
+    /// Changes of state from now on.
+    #[must_use]
+    pub fn states(&self) -> broadcast::Receiver<StateChange> {
+        self.states.subscribe()
+    }
+
+    /// Waits for the right to send one request to a model. Dropping the future gives the place up.
+    ///
+    /// # Errors
+    /// The reason for which the request is refused.
+    pub async fn lease(self: &Arc<Self>, model: &ModelId) -> Result<Lease, Rejection> {
+        let id = RequestId(self.fresh());
+        let granted = match self.ask(id, model, Kind::Serve) {
+            Ok(answer) => answer?,
+            Err(receiver) => self.wait(id, receiver).await?,
+        };
+        // `None` answers a load, which this is not.
+        let Some(Granted { process, wire }) = granted else {
+            return Err(Rejection::UnknownModel);
+        };
+        Ok(Lease {
+            house: self.clone(),
+            id,
+            process,
+            wire,
+        })
+    }
+
+    /// Waits until a model is ready, starting it if need be.
+    ///
+    /// # Errors
+    /// The reason for which it is not.
+    pub async fn load(self: &Arc<Self>, model: &ModelId) -> Result<(), Rejection> {
+        let id = RequestId(self.fresh());
+        match self.ask(id, model, Kind::Load) {
+            Ok(answer) => answer.map(drop),
+            Err(receiver) => self.wait(id, receiver).await.map(drop),
+        }
+    }
+
+    async fn wait(
+        self: &Arc<Self>,
+        id: RequestId,
+        receiver: oneshot::Receiver<Result<Option<Granted>, Rejection>>,
+    ) -> Result<Option<Granted>, Rejection> {
+        let mut waiting = Waiting {
+            house: self,
+            id,
+            answered: false,
+        };
+        let answer = receiver.await;
+        waiting.answered = true;
+        // The slot is dropped only with an answer; a missing one can only mean the end of everything.
+        answer.unwrap_or(Err(Rejection::ShuttingDown))
+    }
+
+    /// The answer, if there is one at once; else where it will come.
+    #[allow(clippy::type_complexity)]
+    fn ask(
+        self: &Arc<Self>,
+        id: RequestId,
+        model: &ModelId,
+        kind: Kind,
+    ) -> Result<Result<Option<Granted>, Rejection>, oneshot::Receiver<Result<Option<Granted>, Rejection>>>
+    {
+        let now = self.now();
+        let mut inner = self.inner.lock();
+        let (sender, mut receiver) = oneshot::channel();
+        inner.slots.insert(id, Slot::Waiting(sender));
+        self.step(
+            &mut inner,
+            now,
+            Event::Request {
+                id,
+                model: model.clone(),
+                kind,
+            },
+        );
+        drop(inner);
+        receiver.try_recv().map_err(|_| receiver)
+    }
+
+    fn forget(self: &Arc<Self>, id: RequestId, event: Event) {
+        let now = self.now();
+        let mut inner = self.inner.lock();
+        inner.slots.remove(&id);
+        self.step(&mut inner, now, event);
+    }
+
+    /// Unloads one model, or all; returns when no process is left.
+    pub async fn unload(self: &Arc<Self>, model: Option<ModelId>) {
+        let ticket = Ticket(self.fresh());
+        let (sender, receiver) = oneshot::channel();
+        {
+            let now = self.now();
+            let mut inner = self.inner.lock();
+            inner.unloads.insert(ticket, sender);
+            self.step(&mut inner, now, Event::Unload { model, ticket });
+        }
+        let _ = receiver.await;
+    }
+
+    /// Puts another catalog in force; `changed` are the models whose process must be replaced.
+    pub fn reload(self: &Arc<Self>, catalog: Arc<Catalog>, changed: Vec<ModelId>) {
+        let now = self.now();
+        let mut inner = self.inner.lock();
+        let config = catalog.rules();
+        inner.catalog = catalog;
+        self.step(&mut inner, now, Event::Reload { config, changed });
+    }
+
+    /// Takes nothing new; returns when no process is left.
+    pub async fn shut_down(self: &Arc<Self>, grace: Duration) {
+        {
+            let now = self.now();
+            let mut inner = self.inner.lock();
+            let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+            self.step(&mut inner, now, Event::Shutdown { grace_ms });
+        }
+        loop {
+            let emptied = self.empty.notified();
+            if self.inner.lock().empty {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
+    /// State of one model.
+    #[must_use]
+    pub fn status(&self, model: &str) -> Option<ModelStatus> {
+        self.inner.lock().core.status(self.now(), model)
+    }
+
+    /// State of every model, with its process if it has one.
+    #[must_use]
+    pub fn statuses(&self) -> Vec<(ModelId, ModelStatus, Option<Arc<Process>>)> {
+        let now = self.now();
+        let inner = self.inner.lock();
+        let process = |s: &ModelStatus| s.instance.and_then(|i| inner.processes.get(&i).cloned());
+        inner
+            .core
+            .statuses(now)
+            .map(|(id, s)| (id.clone(), s.clone(), process(&s)))
+            .collect()
+    }
+
+    /// Feeds time to the core. Runs as long as the proxy.
+    pub async fn keep_time(self: Arc<Self>) {
+        loop {
+            let rearmed = self.rearm.notified();
+            let armed = self.inner.lock().armed;
+            match armed {
+                None => rearmed.await,
+                Some(at) => {
+                    // A millisecond later: the core's clock is cut to whole ones.
+                    let at = self.epoch + Duration::from_millis(at) + Duration::from_millis(1);
+                    tokio::select! {
+                        () = rearmed => {}
+                        () = tokio::time::sleep_until(at.into()) => {
+                            let now = self.now();
+                            let mut inner = self.inner.lock();
+                            inner.armed = None;
+                            self.step(&mut inner, now, Event::Tick);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// A report of a process's task.
+    fn reported(self: &Arc<Self>, process: &Arc<Process>, report: Report) {
+        let now = self.now();
+        let (model, instance) = (process.model.clone(), process.instance);
+        let mut inner = self.inner.lock();
+        let event = match report {
+            Report::Progress => Event::Progress(model, instance),
+            Report::Ready(pool, prefix) => {
+                let ms = u64::try_from(process.spawned.elapsed().as_millis()).unwrap_or(u64::MAX);
+                tracing::info!(%model, ms, "ready");
+                let _ = process.upstream.set((pool, prefix));
+                Event::Ready(model, instance)
+            }
+            Report::Exited(failure) => {
+                tracing::info!(%model, "{}", failure.message);
+                inner.processes.remove(&instance);
+                Event::Exited(model, instance, failure)
+            }
+        };
+        self.step(&mut inner, now, event);
+    }
+
+    fn step(self: &Arc<Self>, inner: &mut Inner, now: u64, event: Event) {
+        let mut effects = std::mem::take(&mut inner.effects);
+        inner.core.step(now, event, &mut effects);
+        for effect in effects.drain(..) {
+            self.act(inner, effect);
+        }
+        inner.effects = effects;
+        // Only ever earlier: what was due before is on the timer already.
+        if let Some(at) = inner.core.deadline(now)
+            && inner.armed.is_none_or(|armed| at < armed)
+        {
+            inner.armed = Some(at);
+            self.rearm.notify_one();
+        }
+    }
+
+    fn act(self: &Arc<Self>, inner: &mut Inner, effect: Effect) {
+        match effect {
+            Effect::Dispatch(id, _, instance) => {
+                let Some(process) = inner.processes.get(&instance).cloned() else {
+                    return;
+                };
+                let wire = Arc::new(Wire::default());
+                if let Some(Slot::Waiting(sender)) = inner.slots.insert(id, Slot::Running(wire.clone())) {
+                    // A client that has just left gives its place back itself.
+                    let _ = sender.send(Ok(Some(Granted { process, wire })));
+                }
+            }
+            Effect::Loaded(id) => {
+                if let Some(Slot::Waiting(sender)) = inner.slots.remove(&id) {
+                    let _ = sender.send(Ok(None));
+                }
+            }
+            Effect::Reject(id, reason) => {
+                if let Some(Slot::Waiting(sender)) = inner.slots.remove(&id) {
+                    let _ = sender.send(Err(reason));
+                }
+            }
+            Effect::Cut(id, reason) => {
+                if let Some(Slot::Running(wire)) = inner.slots.remove(&id) {
+                    wire.cut(reason);
+                }
+            }
+            Effect::Start(model, instance) => self.start(inner, &model, instance),
+            Effect::Stop(model, instance) => {
+                tracing::info!(%model, "stopping");
+                if let Some(process) = inner.processes.get(&instance) {
+                    process.order(Order::Stop);
+                }
+            }
+            Effect::Kill(model, instance) => {
+                tracing::warn!(%model, "killing");
+                if let Some(process) = inner.processes.get(&instance) {
+                    process.order(Order::Kill);
+                }
+            }
+            Effect::Unloaded(ticket) => {
+                if let Some(sender) = inner.unloads.remove(&ticket) {
+                    let _ = sender.send(());
+                }
+            }
+            Effect::State(model, state) => {
+                let _ = self.states.send(StateChange { model, state });
+            }
+            Effect::ShutdownComplete => {
+                inner.empty = true;
+                self.empty.notify_waiters();
+            }
+        }
+    }
+
+    fn start(self: &Arc<Self>, inner: &mut Inner, model: &ModelId, instance: Instance) {
+        let Some(definition) = inner.catalog.definition(model).cloned() else {
+            return;
+        };
+        tracing::info!(%model, "starting");
+        let (process, orders) = Process::new(model.clone(), instance);
+        inner.processes.insert(instance, process.clone());
+        let (house, logs) = (self.clone(), self.logs.clone());
+        tokio::spawn(async move {
+            let reporter = process.clone();
+            let report = move |report| house.reported(&reporter, report);
+            process::run(process, definition, orders, logs, report).await;
+        });
+    }
+}

@@ -1,0 +1,233 @@
+//! Bodies: a request's, read once; a reply's, own or passed through.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+
+use bytes::{Bytes, BytesMut};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use lifecycle::CutReason;
+use tokio::sync::mpsc;
+
+use crate::house::Lease;
+use crate::upstream::Conn;
+
+/// Why a request's body could not be read.
+#[derive(Debug)]
+pub enum ReadError {
+    /// Larger than this many bytes.
+    TooLarge(usize),
+    /// The client went away, or sent nonsense.
+    Broken(hyper::Error),
+}
+
+/// Reads a body whole, with one copy of it in memory.
+///
+/// # Errors
+/// It is larger than `limit`, or breaks off.
+pub async fn read(mut body: Incoming, limit: usize) -> Result<Bytes, ReadError> {
+    let announced = body.size_hint().exact();
+    if announced.is_some_and(|n| usize::try_from(n).map_or(true, |n| n > limit)) {
+        return Err(ReadError::TooLarge(limit));
+    }
+    let mut first: Option<Bytes> = None;
+    let mut rest: Option<BytesMut> = None;
+    while let Some(frame) = body.frame().await {
+        let Ok(data) = frame.map_err(ReadError::Broken)?.into_data() else {
+            continue;
+        };
+        let so_far = first.as_ref().map_or(0, Bytes::len) + rest.as_ref().map_or(0, BytesMut::len);
+        if so_far.saturating_add(data.len()) > limit {
+            return Err(ReadError::TooLarge(limit));
+        }
+        match (&mut rest, first.take()) {
+            (Some(rest), _) => rest.extend_from_slice(&data),
+            // Most bodies come in one piece, which is then used as it is.
+            (None, None) => first = Some(data),
+            (None, Some(begin)) => {
+                let whole = announced.and_then(|n| usize::try_from(n).ok()).unwrap_or(0);
+                let mut all = BytesMut::with_capacity(whole.max(begin.len() + data.len()));
+                all.extend_from_slice(&begin);
+                all.extend_from_slice(&data);
+                rest = Some(all);
+            }
+        }
+    }
+    Ok(rest.map(BytesMut::freeze).or(first).unwrap_or_default())
+}
+
+/// The reply breaks off here; the client's connection is closed without the end mark of the body.
+#[derive(Debug)]
+pub struct Broken;
+
+impl std::fmt::Display for Broken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the model's server broke off its reply")
+    }
+}
+
+impl std::error::Error for Broken {}
+
+/// A reply's body.
+#[derive(Debug)]
+pub enum Body {
+    /// Known whole.
+    Full(Bytes),
+    /// A model's reply, byte for byte.
+    Upstream(Box<UpstreamBody>),
+    /// Made here piece by piece (logs, events).
+    Channel(mpsc::Receiver<Bytes>),
+}
+
+impl Body {
+    /// No bytes.
+    #[must_use]
+    pub fn empty() -> Self {
+        Self::Full(Bytes::new())
+    }
+}
+
+impl HttpBody for Body {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        match self.get_mut() {
+            Self::Full(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Self::Full(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Self::Upstream(body) => body.poll(cx),
+            Self::Channel(receiver) => receiver
+                .poll_recv(cx)
+                .map(|next| next.map(|bytes| Ok(Frame::data(bytes)))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Self::Full(bytes) => bytes.is_empty(),
+            Self::Upstream(body) => matches!(&body.state, Flow::Open(i, _) if i.is_end_stream()),
+            Self::Channel(_) => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Self::Upstream(body) => match &body.state {
+                Flow::Open(incoming, _) => incoming.size_hint(),
+                _ => SizeHint::default(),
+            },
+            Self::Channel(_) => SizeHint::default(),
+        }
+    }
+}
+
+/// A model's reply on its way through. Holds the lease and the connection until the end; dropped before it, the
+/// connection is closed, so that the model's server stops working for nobody.
+#[derive(Debug)]
+pub struct UpstreamBody {
+    state: Flow,
+    lease: Option<Lease>,
+    /// The reply is a stream of server-sent events: an error can be told in it.
+    events: bool,
+    /// The last bytes ended an event.
+    between_events: bool,
+}
+
+#[derive(Debug)]
+enum Flow {
+    Open(Incoming, Conn),
+    /// An error event has been handed out and must be on its way before the connection is cut.
+    Flushing,
+    Broken,
+    Done,
+}
+
+impl UpstreamBody {
+    /// Passes `incoming` through.
+    #[must_use]
+    pub fn new(incoming: Incoming, conn: Conn, lease: Lease, events: bool) -> Self {
+        let mut body = Self {
+            state: Flow::Open(incoming, conn),
+            lease: Some(lease),
+            events,
+            between_events: true,
+        };
+        if matches!(&body.state, Flow::Open(incoming, _) if incoming.is_end_stream()) {
+            body.finish();
+        }
+        body
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let Flow::Open(incoming, _) = &mut self.state else {
+            return match self.state {
+                Flow::Flushing => {
+                    self.state = Flow::Broken;
+                    cx.waker().wake_by_ref();
+                    Poll::Pending
+                }
+                Flow::Broken => Poll::Ready(Some(Err(Broken))),
+                Flow::Open(..) | Flow::Done => Poll::Ready(None),
+            };
+        };
+        match ready!(Pin::new(incoming).poll_frame(cx)) {
+            Some(Ok(frame)) => {
+                if self.events
+                    && let Some(data) = frame.data_ref()
+                {
+                    self.between_events = data.ends_with(b"\n\n") || data.ends_with(b"\r\n\r\n");
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            None => {
+                self.finish();
+                Poll::Ready(None)
+            }
+            Some(Err(error)) => Poll::Ready(Some(self.break_off(&error))),
+        }
+    }
+
+    /// The reply is complete: the connection may serve again.
+    fn finish(&mut self) {
+        if let Flow::Open(_, conn) = std::mem::replace(&mut self.state, Flow::Done)
+            && let Some(lease) = self.lease.take()
+            && let Some((pool, _)) = lease.upstream()
+        {
+            pool.give_back(conn);
+        }
+    }
+
+    fn break_off(&mut self, error: &hyper::Error) -> Result<Frame<Bytes>, Broken> {
+        let lease = self.lease.take();
+        let cut = lease.as_ref().and_then(|l| l.wire.why_cut());
+        let model = lease
+            .as_ref()
+            .map(|l| l.process.model.clone())
+            .unwrap_or_else(|| "".into());
+        tracing::warn!(%model, ?cut, %error, "reply broken off");
+        if !self.events {
+            self.state = Flow::Broken;
+            return Err(Broken);
+        }
+        self.state = Flow::Flushing;
+        let (code, message) = match cut {
+            None => (
+                "upstream_died",
+                format!("the server of model '{model}' died in the middle of its reply"),
+            ),
+            Some(CutReason::Unloaded) => (
+                "unloaded",
+                format!("model '{model}' was unloaded and the grace is over"),
+            ),
+            Some(CutReason::ShuttingDown) => ("shutting_down", "the proxy is shutting down".to_owned()),
+        };
+        let error = api_types::error::ApiError::internal(message).with_code(code);
+        let gap = if self.between_events { "" } else { "\n\n" };
+        Ok(Frame::data(Bytes::from(format!(
+            "{gap}data: {}\n\n",
+            error.to_json()
+        ))))
+    }
+}

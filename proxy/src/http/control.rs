@@ -1,0 +1,180 @@
+//! The proxy's own routes.
+
+use std::sync::Arc;
+
+use api_types::error::ApiError;
+use bytes::Bytes;
+use http::header::{self, HeaderName, HeaderValue};
+use http::{Request, Response, StatusCode};
+use lifecycle::{ModelId, State};
+use serde_json::{Value, json};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::mpsc;
+
+use super::App;
+use super::body::Body;
+use super::error;
+use super::listing;
+use super::routes::Route;
+use crate::logs::Source;
+
+/// Pieces of a live feed that wait for a slow reader.
+const FEED_PIECES: usize = 64;
+
+pub(super) async fn answer<B>(
+    app: &Arc<App>,
+    route: Route,
+    request: &Request<B>,
+) -> Result<Response<Body>, ApiError> {
+    match route {
+        Route::Models => Ok(with_origin(json_reply(&listing::models(app)), request)),
+        Route::Model(name) => {
+            let catalog = app.house.catalog();
+            let Some(id) = catalog.resolve(&name) else {
+                return Err(error::unknown_model(&catalog, &name));
+            };
+            let row = catalog.model(id).map(|m| Value::Object(listing::model(app, m)));
+            Ok(json_reply(&row.unwrap_or_default()))
+        }
+        Route::Running => Ok(json_reply(&listing::running(app))),
+        Route::Health => Ok(text("OK")),
+        Route::Unload => {
+            app.house.unload(None).await;
+            Ok(text("OK"))
+        }
+        Route::ApiUnload => {
+            app.house.unload(None).await;
+            Ok(json_reply(&json!({"msg": "ok"})))
+        }
+        Route::ApiUnloadOne(name) => {
+            app.house.unload(Some(find(app, &name)?)).await;
+            Ok(text("OK"))
+        }
+        Route::ApiLoad(name) => {
+            let model = find(app, &name)?;
+            app.house
+                .load(&model)
+                .await
+                .map_err(|r| error::rejected(&model, &r))?;
+            Ok(json_reply(
+                &json!({"model": &*model, "state": State::Ready.as_str()}),
+            ))
+        }
+        Route::Logs => Ok(text(app.house.logs.history(|_| true))),
+        Route::LogStream(source) => log_stream(app, source.as_deref(), request),
+        Route::Version => Ok(json_reply(
+            &json!({"version": env!("CARGO_PKG_VERSION"), "commit": "unknown", "build_date": "unknown"}),
+        )),
+        Route::Inference | Route::Upstream => Err(ApiError::internal("not a control route")),
+    }
+}
+
+/// CORS: what a browser asks before the real request.
+pub(super) fn preflight<B>(request: &Request<B>) -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::NO_CONTENT;
+    let asked = request
+        .headers()
+        .get(header::ACCESS_CONTROL_REQUEST_HEADERS)
+        .cloned();
+    let usual = HeaderValue::from_static("Content-Type, Authorization, Accept, X-Requested-With");
+    let headers = response.headers_mut();
+    headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, HeaderValue::from_static("*"));
+    headers.insert(
+        header::ACCESS_CONTROL_ALLOW_METHODS,
+        HeaderValue::from_static("GET, POST, PUT, PATCH, DELETE, OPTIONS"),
+    );
+    headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, asked.unwrap_or(usual));
+    headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("86400"));
+    response
+}
+
+fn find(app: &App, name: &str) -> Result<ModelId, ApiError> {
+    let catalog = app.house.catalog();
+    catalog
+        .resolve(name)
+        .cloned()
+        .ok_or_else(|| error::unknown_model(&catalog, name))
+}
+
+/// History, then live lines. A reader that is too slow loses lines and is told how many.
+fn log_stream<B>(
+    app: &Arc<App>,
+    source: Option<&str>,
+    request: &Request<B>,
+) -> Result<Response<Body>, ApiError> {
+    let wanted: Box<dyn Fn(&Source) -> bool + Send> = match source {
+        None => Box::new(|_| true),
+        Some("proxy") => Box::new(|s| *s == Source::Proxy),
+        Some("upstream") => Box::new(|s| matches!(s, Source::Model(_))),
+        Some(name) => {
+            let model = find(app, name)?;
+            Box::new(move |s| matches!(s, Source::Model(m) if *m == model))
+        }
+    };
+    let (mut history, mut live) = app.house.logs.subscribe(&wanted);
+    if request
+        .uri()
+        .query()
+        .is_some_and(|q| q.split('&').any(|p| p.split('=').next() == Some("no-history")))
+    {
+        history.clear();
+    }
+    let (sender, receiver) = mpsc::channel(FEED_PIECES);
+    tokio::spawn(async move {
+        if !history.is_empty() && sender.send(history.into()).await.is_err() {
+            return;
+        }
+        loop {
+            let next = tokio::select! {
+                next = live.recv() => next,
+                () = sender.closed() => return,
+            };
+            let piece = match next {
+                Ok(line) if wanted(&line.source) => line.text,
+                Ok(_) => continue,
+                Err(RecvError::Lagged(n)) => Bytes::from(format!("... {n} lines lost\n")),
+                Err(RecvError::Closed) => return,
+            };
+            if sender.send(piece).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut response = Response::new(Body::Channel(receiver));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/plain; charset=utf-8"),
+    );
+    response.headers_mut().insert(
+        HeaderName::from_static("x-accel-buffering"),
+        HeaderValue::from_static("no"),
+    );
+    Ok(response)
+}
+
+fn with_origin<B>(mut response: Response<Body>, request: &Request<B>) -> Response<Body> {
+    if let Some(origin) = request.headers().get(header::ORIGIN) {
+        response
+            .headers_mut()
+            .insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin.clone());
+    }
+    response
+}
+
+fn json_reply(value: &Value) -> Response<Body> {
+    let mut response = Response::new(Body::Full(value.to_string().into()));
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+fn text(text: impl Into<Bytes>) -> Response<Body> {
+    let mut response = Response::new(Body::Full(text.into()));
+    response.headers_mut().insert(
+        header::CONTENT_TYPE,
+        HeaderValue::from_static("text/plain; charset=utf-8"),
+    );
+    response
+}

@@ -1,0 +1,141 @@
+//! Errors as replies: the one place where a reason becomes a status.
+
+use api_types::error::ApiError;
+use http::header::{CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::{Response, StatusCode};
+use lifecycle::{CutReason, Failure, ModelId, Rejection};
+
+use super::body::Body;
+use crate::catalog::Catalog;
+use crate::upstream;
+
+/// An error as a reply.
+#[must_use]
+pub fn reply(error: &ApiError) -> Response<Body> {
+    let mut response = Response::new(Body::Full(error.to_json().into()));
+    *response.status_mut() = StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    if let Some(seconds) = error.retry_after {
+        headers.insert(RETRY_AFTER, HeaderValue::from(seconds));
+    }
+    response
+}
+
+/// 404 for a name that no model answers to.
+#[must_use]
+pub fn unknown_model(catalog: &Catalog, name: &str) -> ApiError {
+    let hint = match catalog.near(name) {
+        Some(near) => format!("did you mean '{near}'?"),
+        None if catalog.registry.models.is_empty() => "no model is configured".to_owned(),
+        None => {
+            let known: Vec<&str> = catalog
+                .registry
+                .models
+                .keys()
+                .map(String::as_str)
+                .take(10)
+                .collect();
+            format!("configured: {}", known.join(", "))
+        }
+    };
+    ApiError::model_not_found(format!("model '{name}' not found; {hint}"))
+}
+
+/// The reply to a refused request.
+#[must_use]
+pub fn rejected(model: &ModelId, reason: &Rejection) -> ApiError {
+    match reason {
+        Rejection::UnknownModel | Rejection::Removed => {
+            ApiError::model_not_found(format!("model '{model}' is not configured any more"))
+        }
+        Rejection::ConcurrencyLimit(limit) => ApiError::too_many_requests(
+            format!(
+                "model '{model}' has reached its concurrencyLimit of {limit} requests, running and waiting"
+            ),
+            1,
+        )
+        .with_code("concurrency_limit"),
+        Rejection::QueueFull(limit) => {
+            ApiError::too_many_requests(format!("{limit} requests wait for model '{model}' already"), 5)
+        }
+        Rejection::WaitedTooLong(ms) => ApiError::unavailable(
+            "waited_too_long",
+            format!("model '{model}' could not be made ready within {} s", ms / 1000),
+            Some(5),
+        ),
+        Rejection::StartFailed(failure) => bad_gateway(
+            "model_start_failed",
+            format!("model '{model}' could not be started: {}", with_tail(failure)),
+        ),
+        Rejection::BackOff(failure, ms) => {
+            let seconds = ms.div_ceil(1000).max(1);
+            ApiError::unavailable(
+                "model_backoff",
+                format!(
+                    "model '{model}' failed and is tried again in {seconds} s: {}",
+                    with_tail(failure)
+                ),
+                Some(seconds),
+            )
+        }
+        Rejection::Unloaded => ApiError::unavailable(
+            "unloaded",
+            format!("model '{model}' was unloaded while the request waited for it"),
+            Some(1),
+        ),
+        Rejection::ShuttingDown => ApiError::unavailable("shutting_down", "the proxy is shutting down", None),
+    }
+}
+
+fn with_tail(failure: &Failure) -> String {
+    if failure.log_tail.is_empty() {
+        return failure.message.clone();
+    }
+    format!(
+        "{}; its last lines:\n{}",
+        failure.message,
+        failure.log_tail.trim_end()
+    )
+}
+
+/// 502 when the model's server gave no reply.
+#[must_use]
+pub fn no_reply(model: &ModelId, error: &upstream::Error, log_tail: &str) -> ApiError {
+    let failure = Failure {
+        message: error.to_string(),
+        log_tail: log_tail.to_owned(),
+    };
+    let message = format!(
+        "the server of model '{model}' gave no reply: {}",
+        with_tail(&failure)
+    );
+    match error {
+        upstream::Error::Timeout(_) => ApiError::timed_out(message),
+        upstream::Error::Connect(_) | upstream::Error::Broken(_) => bad_gateway("upstream_error", message),
+    }
+}
+
+fn bad_gateway(code: &'static str, message: String) -> ApiError {
+    ApiError {
+        status: 502,
+        message,
+        kind: "server_error",
+        param: None,
+        code: Some(code),
+        retry_after: None,
+    }
+}
+
+/// 503 for a request that was cut before its reply began.
+#[must_use]
+pub fn cut(model: &ModelId, reason: CutReason) -> ApiError {
+    match reason {
+        CutReason::Unloaded => ApiError::unavailable(
+            "unloaded",
+            format!("model '{model}' was unloaded and the grace for running requests is over"),
+            Some(1),
+        ),
+        CutReason::ShuttingDown => ApiError::unavailable("shutting_down", "the proxy is shutting down", None),
+    }
+}

@@ -1,0 +1,274 @@
+//! Forwarding: find the model, wait for it, pass the bytes through.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use api_types::error::ApiError;
+use bytes::Bytes;
+use http::header::{self, HeaderMap, HeaderName, HeaderValue};
+use http::request::Parts;
+use http::{Request, Response, Uri};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use lifecycle::ModelId;
+
+use super::App;
+use super::body::{self, Body, ReadError, UpstreamBody};
+use super::error;
+use crate::house::Lease;
+use crate::jsonscan;
+
+/// Headers that belong to one connection (RFC 9110, section 7.6.1), and those that hyper sets itself.
+const HOP_BY_HOP: [HeaderName; 8] = [
+    header::CONNECTION,
+    HeaderName::from_static("keep-alive"),
+    HeaderName::from_static("proxy-connection"),
+    header::PROXY_AUTHENTICATE,
+    header::TE,
+    header::TRAILER,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+
+/// What a client shows to the proxy is not for the model's server.
+const CREDENTIALS: [HeaderName; 3] = [
+    header::AUTHORIZATION,
+    header::PROXY_AUTHORIZATION,
+    HeaderName::from_static("x-api-key"),
+];
+
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
+
+/// Forwards to the model that the JSON body names.
+pub(super) async fn by_body(
+    app: &Arc<App>,
+    client: SocketAddr,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, ApiError> {
+    let (parts, incoming) = request.into_parts();
+    let body = read(app, incoming).await?;
+    let name = model_name(&body)?;
+    let catalog = app.house.catalog();
+    let Some(model) = catalog.resolve(&name).cloned() else {
+        return Err(error::unknown_model(&catalog, &name));
+    };
+    drop(catalog);
+    let lease = app
+        .house
+        .lease(&model)
+        .await
+        .map_err(|r| error::rejected(&model, &r))?;
+    let path = parts.uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
+    send(app, client, lease, &model, parts, &path, body).await
+}
+
+/// Forwards `/upstream/{model}/{path}` to the model's own `/{path}`.
+pub(super) async fn by_path(
+    app: &Arc<App>,
+    client: SocketAddr,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, ApiError> {
+    let (parts, incoming) = request.into_parts();
+    let raw = parts.uri.path().strip_prefix("/upstream/").unwrap_or_default();
+    // An id may hold slashes, as they are or encoded; what follows it stays as the client wrote it.
+    let unslashed = raw.replace("%2F", "/").replace("%2f", "/");
+    let catalog = app.house.catalog();
+    let Some((model, rest)) = catalog.resolve_prefix(&unslashed) else {
+        let name = raw.split('/').next().unwrap_or_default();
+        return Err(error::unknown_model(&catalog, name));
+    };
+    let (model, rest) = (model.clone(), rest.to_owned());
+    drop(catalog);
+    let query = parts.uri.query().map(|q| format!("?{q}")).unwrap_or_default();
+    if rest.is_empty() {
+        return Ok(redirect(&parts, &format!("{}/{query}", parts.uri.path())));
+    }
+    let body = read(app, incoming).await?;
+    let lease = app
+        .house
+        .lease(&model)
+        .await
+        .map_err(|r| error::rejected(&model, &r))?;
+    send(app, client, lease, &model, parts, &format!("{rest}{query}"), body).await
+}
+
+fn redirect(parts: &Parts, to: &str) -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    let safe = matches!(parts.method, http::Method::GET | http::Method::HEAD);
+    *response.status_mut() = if safe {
+        http::StatusCode::MOVED_PERMANENTLY
+    } else {
+        http::StatusCode::PERMANENT_REDIRECT
+    };
+    if let Ok(value) = HeaderValue::from_str(to) {
+        response.headers_mut().insert(header::LOCATION, value);
+    }
+    response
+}
+
+async fn read(app: &App, incoming: Incoming) -> Result<Bytes, ApiError> {
+    body::read(incoming, app.max_body).await.map_err(|e| match e {
+        ReadError::TooLarge(limit) => ApiError::too_large(format!("the body is larger than {limit} bytes")),
+        ReadError::Broken(e) => ApiError::bad_request(format!("the body could not be read: {e}")),
+    })
+}
+
+/// The top-level `model` of a JSON body.
+fn model_name(body: &Bytes) -> Result<String, ApiError> {
+    let value = jsonscan::find(body, "model").map_err(|e| {
+        ApiError::bad_request(format!(
+            "the body is not a JSON object (byte {} of {})",
+            e.at,
+            body.len()
+        ))
+    })?;
+    let token = value.and_then(|range| body.get(range));
+    let Some(token) = token else {
+        return Err(ApiError::invalid("model", "is missing"));
+    };
+    match jsonscan::string(token) {
+        Some(name) if !name.is_empty() => Ok(name.into_owned()),
+        _ => {
+            let shown: String = String::from_utf8_lossy(token).chars().take(60).collect();
+            Err(ApiError::invalid(
+                "model",
+                format!("{shown} is not the name of a model"),
+            ))
+        }
+    }
+}
+
+/// Sends the request to the leased process and passes the reply back.
+async fn send(
+    app: &Arc<App>,
+    client: SocketAddr,
+    lease: Lease,
+    model: &ModelId,
+    parts: Parts,
+    path: &str,
+    body: Bytes,
+) -> Result<Response<Body>, ApiError> {
+    let Some((pool, prefix)) = lease.upstream().cloned() else {
+        return Err(ApiError::internal(format!(
+            "model '{model}' is ready and has no address"
+        )));
+    };
+    let target = if prefix.is_empty() {
+        path.to_owned()
+    } else {
+        format!("{prefix}{path}")
+    };
+    let uri: Uri = target
+        .parse()
+        .map_err(|_| ApiError::bad_request(format!("the path {target} is malformed")))?;
+    let mut request = Request::new(Full::new(body));
+    *request.method_mut() = parts.method;
+    *request.uri_mut() = uri;
+    *request.headers_mut() = parts.headers;
+    tidy_request(request.headers_mut(), client);
+    let wire = lease.wire.clone();
+    match pool.send(request, &|task| wire.attach(task)).await {
+        Ok((response, conn)) => Ok(pass_back(response, conn, lease)),
+        Err(e) => {
+            if let Some(reason) = wire.why_cut() {
+                return Err(error::cut(model, reason));
+            }
+            // What the process says about its own end is worth a moment's wait.
+            lease.process.ended(std::time::Duration::from_millis(100)).await;
+            Err(error::no_reply(model, &e, &app.house.logs.tail(model, 20)))
+        }
+    }
+}
+
+fn pass_back(response: Response<Incoming>, conn: crate::upstream::Conn, lease: Lease) -> Response<Body> {
+    let (mut parts, incoming) = response.into_parts();
+    drop_hop_by_hop(&mut parts.headers);
+    let kind = parts
+        .headers
+        .get(header::CONTENT_TYPE)
+        .map(HeaderValue::as_bytes)
+        .unwrap_or_default();
+    let events = kind.starts_with(b"text/event-stream");
+    if events {
+        parts
+            .headers
+            .insert(ACCEL_BUFFERING, HeaderValue::from_static("no"));
+    }
+    parts.extensions.clear();
+    parts.version = http::Version::HTTP_11;
+    Response::from_parts(
+        parts,
+        Body::Upstream(Box::new(UpstreamBody::new(incoming, conn, lease, events))),
+    )
+}
+
+fn drop_hop_by_hop(headers: &mut HeaderMap) {
+    // Headers named in `Connection` belong to the connection too.
+    if let Some(named) = headers.remove(header::CONNECTION) {
+        for name in named.to_str().unwrap_or_default().split(',') {
+            if let Ok(name) = HeaderName::from_bytes(name.trim().as_bytes()) {
+                headers.remove(name);
+            }
+        }
+    }
+    for name in &HOP_BY_HOP {
+        headers.remove(name);
+    }
+}
+
+fn tidy_request(headers: &mut HeaderMap, client: SocketAddr) {
+    drop_hop_by_hop(headers);
+    for name in &CREDENTIALS {
+        headers.remove(name);
+    }
+    headers.remove(header::EXPECT);
+    // hyper sets it from the body that is really sent.
+    headers.remove(header::CONTENT_LENGTH);
+    let ip = client.ip();
+    let chain = match headers.get(FORWARDED_FOR).and_then(|v| v.to_str().ok()) {
+        Some(before) => format!("{before}, {ip}"),
+        None => ip.to_string(),
+    };
+    if let Ok(value) = HeaderValue::from_str(&chain) {
+        headers.insert(FORWARDED_FOR, value);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn headers_of_the_connection_and_credentials_stay_here() {
+        let mut headers = HeaderMap::new();
+        for (name, value) in [
+            ("connection", "keep-alive, x-mine"),
+            ("x-mine", "1"),
+            ("keep-alive", "5"),
+            ("authorization", "Bearer secret"),
+            ("x-api-key", "secret"),
+            ("x-forwarded-for", "10.0.0.1"),
+            ("x-session-id", "s"),
+        ] {
+            headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+        }
+        tidy_request(&mut headers, SocketAddr::from(([127, 0, 0, 1], 9)));
+        let left: Vec<(&str, &str)> = headers
+            .iter()
+            .map(|(k, v)| (k.as_str(), v.to_str().unwrap()))
+            .collect();
+        assert_eq!(
+            left,
+            [("x-forwarded-for", "10.0.0.1, 127.0.0.1"), ("x-session-id", "s")]
+        );
+    }
+
+    #[test]
+    fn bad_bodies_are_told_apart() {
+        let message = |b: &'static str| model_name(&Bytes::from_static(b.as_bytes())).unwrap_err().message;
+        assert_eq!(message("{}"), "model: is missing");
+        assert_eq!(message(r#"{"model":3}"#), "model: 3 is not the name of a model");
+        assert!(message("hello").contains("byte 0 of 5"));
+    }
+}

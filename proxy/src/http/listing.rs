@@ -1,0 +1,175 @@
+//! What there is and what runs, as JSON.
+
+use lifecycle::State;
+use registry::Launch;
+use serde_json::{Map, Value, json};
+
+use super::App;
+use crate::catalog::Catalog;
+
+/// `GET /v1/models`.
+#[must_use]
+pub fn models(app: &App) -> Value {
+    let catalog = app.house.catalog();
+    let mut rows: Vec<(String, Value)> = Vec::new();
+    for entry in catalog.registry.models.values().filter(|m| !m.unlisted) {
+        if catalog.registry.globals.include_aliases_in_list {
+            for alias in &entry.aliases {
+                rows.push((alias.clone(), Value::Object(alias_row(app, entry, alias))));
+            }
+        }
+        rows.push((entry.id.clone(), Value::Object(model(app, entry))));
+    }
+    rows.sort_by(|a, b| a.0.cmp(&b.0));
+    let rows: Vec<Value> = rows.into_iter().map(|(_, row)| row).collect();
+    json!({"object": "list", "data": rows})
+}
+
+/// One row of it.
+#[must_use]
+pub fn model(app: &App, model: &registry::Model) -> Map<String, Value> {
+    row(
+        app,
+        model,
+        &model.id,
+        object(json!({"type": "model", "aliases": model.aliases})),
+    )
+}
+
+fn alias_row(app: &App, model: &registry::Model, alias: &str) -> Map<String, Value> {
+    row(
+        app,
+        model,
+        alias,
+        object(json!({"type": "alias", "modelID": model.id})),
+    )
+}
+
+fn object(value: Value) -> Map<String, Value> {
+    if let Value::Object(map) = value {
+        map
+    } else {
+        Map::new()
+    }
+}
+
+fn row(app: &App, model: &registry::Model, id: &str, mut own: Map<String, Value>) -> Map<String, Value> {
+    let loaded = app
+        .house
+        .status(&model.id)
+        .is_some_and(|s| s.state == State::Ready);
+    // What `capabilities` says is not said twice.
+    let said = [
+        "architecture",
+        "capabilities",
+        "supported_parameters",
+        "context_length",
+    ];
+    let free = |key: &str| model.capabilities.is_none() || !said.contains(&key);
+    own.extend(
+        model
+            .metadata
+            .iter()
+            .filter(|(k, _)| free(k))
+            .map(|(k, v)| (k.clone(), v.clone())),
+    );
+    let mut row = object(json!({
+        "id": id,
+        "object": "model",
+        "created": app.started_unix,
+        "owned_by": "swapd",
+        "meta": {"llamaswap": own},
+        "status": {"value": if loaded { "loaded" } else { "unloaded" }},
+    }));
+    for (key, text) in [("name", &model.name), ("description", &model.description)] {
+        if let Some(text) = text.as_deref().map(str::trim).filter(|t| !t.is_empty()) {
+            row.insert(key.to_owned(), text.into());
+        }
+    }
+    if let Some(capabilities) = &model.capabilities {
+        row.extend(capability_keys(capabilities));
+    }
+    row
+}
+
+fn capability_keys(c: &registry::Capabilities) -> Map<String, Value> {
+    let takes = |what: &str| c.input.iter().any(|m| m == what);
+    let gives = |what: &str| c.output.iter().any(|m| m == what);
+    let mut keys = object(json!({
+        "architecture": {
+            "input_modalities": c.input,
+            "output_modalities": c.output,
+            "modality": format!("{}->{}", c.input.join("+"), c.output.join("+")),
+        },
+        "capabilities": {
+            "vision": takes("image") && gives("text"),
+            "audio_transcriptions": takes("audio") && gives("text"),
+            "audio_speech": takes("text") && gives("audio"),
+            "image_generation": takes("text") && gives("image"),
+            "image_to_image": takes("image") && gives("image"),
+            "function_calling": c.tools,
+            "reranker": c.reranker,
+        },
+    }));
+    if c.tools {
+        keys.insert("supported_parameters".to_owned(), json!(["tools", "tool_choice"]));
+    }
+    if let Some(context) = c.context {
+        keys.insert("context_length".to_owned(), context.into());
+    }
+    keys
+}
+
+/// `GET /running`: every model with a process, or backing off after a failure.
+#[must_use]
+pub fn running(app: &App) -> Value {
+    let catalog = app.house.catalog();
+    let mut rows = Vec::new();
+    for (id, status, process) in app.house.statuses() {
+        if status.state == State::Stopped {
+            continue;
+        }
+        let (cmd, proxy) = command_of(&catalog, &id);
+        let model = catalog.model(&id);
+        let address = process
+            .as_ref()
+            .and_then(|p| p.upstream.get())
+            .map(|(pool, _)| pool.address());
+        let mut row = object(json!({
+            "model": &*id,
+            "state": status.state.as_str(),
+            "cmd": cmd,
+            "proxy": proxy.or(address).unwrap_or_default(),
+            "ttl": model.and_then(|m| m.ttl).map_or(0, |t| t.as_secs()),
+            "name": model.and_then(|m| m.name.clone()).unwrap_or_default(),
+            "description": model.and_then(|m| m.description.clone()).unwrap_or_default(),
+            "inflight": status.inflight,
+            "waiting": status.waiting,
+        }));
+        if let Some(process) = process {
+            row.insert("pid".to_owned(), json!(process.pid.get()));
+            row.insert("uptime_s".to_owned(), json!(process.spawned.elapsed().as_secs()));
+            if let Some(limits) = process.announced.get() {
+                row.insert("limits".to_owned(), Value::Object(limits.clone()));
+            }
+            if let Some(beat) = *process.heartbeat.lock() {
+                row.insert("heartbeat".to_owned(), json!(beat));
+            }
+        }
+        if let Some(failure) = &status.failure {
+            let failure =
+                json!({"message": failure.message, "log": failure.log_tail, "count": status.failures});
+            row.insert("failure".to_owned(), failure);
+        }
+        rows.push(Value::Object(row));
+    }
+    json!({"running": rows})
+}
+
+fn command_of(catalog: &Catalog, id: &str) -> (String, Option<String>) {
+    match catalog.model(id).map(|m| &m.launch) {
+        Some(Launch::Command(c)) => (c.cmd.clone(), Some(c.proxy.clone())),
+        Some(Launch::Worker(w)) => (format!("mlxworker {}", w.argv().join(" ")), None),
+        None => (String::new(), None),
+    }
+}

@@ -1,0 +1,28 @@
+//! swapd: one address in front of many model servers, which it starts, swaps and stops.
+//!
+//! | module      | what it is                                                                                    |
+//! |-------------|-----------------------------------------------------------------------------------------------|
+//! | `cli`       | command line; `check`, `serve`                                                                 |
+//! | `serve`     | listener, signals, end                                                                         |
+//! | `http`      | routes, bodies, errors, forwarding                                                             |
+//! | `jsonscan`  | finds `model` in a body without building a tree                                                |
+//! | `catalog`   | the registry in force, names looked up                                                         |
+//! | `residency` | the registry's groups and matrix as the lifecycle asks for them                                |
+//! | `house`     | shell around the pure `lifecycle`: events in, effects out                                      |
+//! | `process`   | one child: spawn, hand-shake, orders, end; the supervisor of foreign commands                  |
+//! | `upstream`  | pooled connections to one server                                                               |
+//! | `logs`      | bounded log rings and their live feed                                                          |
+//!
+//! Everything runs on one thread: a request costs no hop between threads, and children are spawned from the main
+//! thread, which Linux's parent-death signal needs.
+
+pub mod catalog;
+pub mod cli;
+pub mod house;
+pub mod http;
+pub mod jsonscan;
+pub mod logs;
+pub mod process;
+pub mod residency;
+pub mod serve;
+pub mod upstream;

@@ -1,0 +1,215 @@
+//! The last lines of the proxy and of each model, bounded, and a live feed of them.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use indexmap::IndexMap;
+use lifecycle::ModelId;
+use parking_lot::Mutex;
+use tokio::sync::broadcast;
+
+/// Bytes kept of the combined log.
+const COMBINED_BYTES: usize = 100 * 1024;
+/// Bytes kept per model.
+const MODEL_BYTES: usize = 32 * 1024;
+/// Longest line kept; the rest of a longer one is cut.
+pub(crate) const MAX_LINE: usize = 8 * 1024;
+/// Lines that a slow reader of the live feed may lag behind before it loses some.
+const LIVE_LINES: usize = 256;
+
+/// Whose line it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The proxy itself.
+    Proxy,
+    /// A model's process.
+    Model(ModelId),
+}
+
+/// One line, with its newline.
+#[derive(Clone, Debug)]
+pub struct Line {
+    /// Whose.
+    pub source: Source,
+    /// Text; may hold bytes that are not UTF-8.
+    pub text: Bytes,
+}
+
+#[derive(Debug, Default)]
+struct Ring {
+    lines: VecDeque<Line>,
+    bytes: usize,
+}
+
+impl Ring {
+    fn push(&mut self, line: Line, capacity: usize) {
+        self.bytes += line.text.len();
+        self.lines.push_back(line);
+        while self.bytes > capacity
+            && let Some(old) = self.lines.pop_front()
+        {
+            self.bytes -= old.text.len();
+        }
+    }
+}
+
+/// All logs of the house. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Logs {
+    inner: Arc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    combined: Mutex<Ring>,
+    models: Mutex<IndexMap<ModelId, Ring>>,
+    live: broadcast::Sender<Line>,
+}
+
+impl Default for Logs {
+    fn default() -> Self {
+        let inner = Inner {
+            combined: Mutex::default(),
+            models: Mutex::default(),
+            live: broadcast::channel(LIVE_LINES).0,
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
+    }
+}
+
+impl Logs {
+    /// Adds one line; a newline is appended if it has none.
+    pub fn push(&self, source: Source, text: &[u8]) {
+        let text = text.get(..text.len().min(MAX_LINE)).unwrap_or_default();
+        let mut line = Vec::with_capacity(text.len() + 1);
+        line.extend_from_slice(text);
+        if !text.ends_with(b"\n") {
+            line.push(b'\n');
+        }
+        let line = Line {
+            source,
+            text: line.into(),
+        };
+        if let Source::Model(id) = &line.source {
+            self.inner
+                .models
+                .lock()
+                .entry(id.clone())
+                .or_default()
+                .push(line.clone(), MODEL_BYTES);
+        }
+        // Under the lock of the history, so that a new reader sees each line once: in the history or live.
+        let mut combined = self.inner.combined.lock();
+        combined.push(line.clone(), COMBINED_BYTES);
+        let _ = self.inner.live.send(line);
+    }
+
+    /// What is kept, oldest first, of the sources that `wanted` accepts.
+    #[must_use]
+    pub fn history(&self, wanted: impl Fn(&Source) -> bool) -> Vec<u8> {
+        self.subscribe(wanted).0
+    }
+
+    /// What is kept, and all that follows.
+    #[must_use]
+    pub fn subscribe(&self, wanted: impl Fn(&Source) -> bool) -> (Vec<u8>, broadcast::Receiver<Line>) {
+        let combined = self.inner.combined.lock();
+        let mut text = Vec::with_capacity(combined.bytes);
+        for line in combined.lines.iter().filter(|l| wanted(&l.source)) {
+            text.extend_from_slice(&line.text);
+        }
+        (text, self.inner.live.subscribe())
+    }
+
+    /// What is kept of one model.
+    #[must_use]
+    pub fn model_history(&self, model: &str) -> Vec<u8> {
+        let models = self.inner.models.lock();
+        models
+            .get(model)
+            .map(|r| r.lines.iter().flat_map(|l| l.text.iter().copied()).collect())
+            .unwrap_or_default()
+    }
+
+    /// The last lines of one model as text, for error messages.
+    #[must_use]
+    pub fn tail(&self, model: &str, lines: usize) -> String {
+        let models = self.inner.models.lock();
+        let Some(ring) = models.get(model) else {
+            return String::new();
+        };
+        let skip = ring.lines.len().saturating_sub(lines);
+        ring.lines
+            .iter()
+            .skip(skip)
+            .map(|l| String::from_utf8_lossy(&l.text))
+            .collect()
+    }
+
+    /// Writer for the proxy's own log: each line goes to the ring, and to standard output if `stdout`.
+    #[must_use]
+    pub fn writer(&self, stdout: bool) -> Writer {
+        Writer {
+            logs: self.clone(),
+            stdout,
+        }
+    }
+}
+
+/// Where the proxy's own log goes.
+#[derive(Clone, Debug)]
+pub struct Writer {
+    logs: Logs,
+    stdout: bool,
+}
+
+impl std::io::Write for Writer {
+    fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
+        if self.stdout {
+            // A closed standard output is no reason to stop serving.
+            let _ = std::io::stdout().write_all(buf);
+        }
+        self.logs.push(Source::Proxy, buf);
+        Ok(buf.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rings_are_bounded_and_separate() {
+        let logs = Logs::default();
+        let model = Source::Model("m".into());
+        for i in 0..20_000 {
+            logs.push(model.clone(), format!("line {i}").as_bytes());
+        }
+        logs.push(Source::Proxy, b"own\n");
+        let all = logs.history(|_| true);
+        assert!(all.len() <= COMBINED_BYTES && all.ends_with(b"line 19999\nown\n"));
+        assert!(logs.model_history("m").len() <= MODEL_BYTES);
+        assert_eq!(logs.tail("m", 2), "line 19998\nline 19999\n");
+        assert_eq!(logs.history(|s| *s == Source::Proxy), b"own\n");
+        logs.push(model, &[b'x'; 3 * MAX_LINE]);
+        assert_eq!(logs.tail("m", 1).len(), MAX_LINE + 1);
+    }
+
+    #[test]
+    fn a_reader_sees_each_line_once() {
+        let logs = Logs::default();
+        logs.push(Source::Proxy, b"before");
+        let (history, mut live) = logs.subscribe(|_| true);
+        logs.push(Source::Proxy, b"after");
+        assert_eq!(history, b"before\n");
+        assert_eq!(&live.try_recv().unwrap().text[..], b"after\n");
+        assert!(live.try_recv().is_err());
+    }
+}

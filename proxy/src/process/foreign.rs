@@ -1,0 +1,205 @@
+//! A foreign command (`cmd:`), under a supervisor, polled until it answers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::Request;
+use http_body_util::Full;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpListener;
+use tokio::process::Command;
+use tokio::sync::mpsc;
+
+use super::{Definition, Order, Process, Report, describe, drain_output, own_program, spawn, supervise};
+use crate::logs::Logs;
+use crate::upstream::{Limits, Pool};
+
+/// Time between two looks at whether the command answers.
+const POLL: Duration = Duration::from_millis(40);
+/// Longest wait for one answer to the health check.
+const POLL_ANSWER: Duration = Duration::from_secs(5);
+/// What a killed command gets before its supervisor is killed too.
+const SUPERVISOR_GRACE: Duration = Duration::from_secs(2);
+
+/// Host, port and path prefix of a base address such as `http://localhost:5800/base`.
+///
+/// # Errors
+/// A sentence that says what is wrong with it.
+pub fn parse_base(url: &str) -> Result<(String, u16, String), String> {
+    let uri: http::Uri = url.parse().map_err(|e| format!("proxy address '{url}': {e}"))?;
+    match uri.scheme_str() {
+        Some("http") => {}
+        other => {
+            return Err(format!(
+                "proxy address '{url}': scheme {} is not http",
+                other.unwrap_or("(none)")
+            ));
+        }
+    }
+    let host = uri
+        .host()
+        .unwrap_or_default()
+        .trim_start_matches('[')
+        .trim_end_matches(']')
+        .to_owned();
+    let prefix = uri.path().trim_end_matches('/').to_owned();
+    Ok((host, uri.port_u16().unwrap_or(80), prefix))
+}
+
+pub(super) async fn run(
+    process: &Arc<Process>,
+    launch: &registry::CommandLaunch,
+    definition: &Definition,
+    mut orders: mpsc::Receiver<Order>,
+    logs: &Logs,
+    report: &(impl Fn(Report) + Send + Sync),
+) -> Result<String, String> {
+    let (host, port, prefix) = parse_base(&launch.proxy)?;
+    // A stranger on the port would answer the health check in the command's place.
+    if let Some(port) = launch.port
+        && let Err(e) = TcpListener::bind(("127.0.0.1", port)).await
+    {
+        return Err(format!("port {port} is not free for this model's command: {e}"));
+    }
+    let mut command = Command::new(own_program());
+    command
+        .arg(supervise::ROLE)
+        .args(&launch.argv)
+        .envs(launch.env.iter().map(|(k, v)| (k, v)));
+    let spawned = spawn(command, &process.model, logs)?;
+    let (mut child, output) = (spawned.child, spawned.output);
+    let (read, mut write) = spawned.control.into_split();
+    let mut lines = BufReader::new(read).lines();
+    let mut listening = true;
+    let mut ended = None;
+    let pool = Arc::new(Pool::new(&host, port, definition.limits));
+    let mut health = std::pin::pin!(until_healthy(launch, &host, port, &prefix));
+    let mut ready = false;
+    let mut kill_supervisor = std::pin::pin!(tokio::time::sleep(Duration::MAX));
+    let status = loop {
+        tokio::select! {
+            status = child.wait() => break status,
+            () = &mut health, if !ready && process.pid.get().is_some() => {
+                ready = true;
+                report(Report::Ready(pool.clone(), prefix.clone()));
+            }
+            line = lines.next_line(), if listening => match line {
+                Ok(Some(line)) => match line.split_once(' ') {
+                    Some(("pid", pid)) => {
+                        if let Ok(pid) = pid.parse() {
+                            let _ = process.pid.set(pid);
+                        }
+                    }
+                    Some(("ended", how)) => ended = Some(how.to_owned()),
+                    _ => {}
+                },
+                Ok(None) | Err(_) => listening = false,
+            },
+            Some(order) = orders.recv() => {
+                let word = match (order, &launch.cmd_stop, process.pid.get()) {
+                    (Order::Stop, Some(argv), Some(pid)) => {
+                        run_stop_command(argv, *pid, launch, process, logs);
+                        continue;
+                    }
+                    (Order::Stop, ..) => "stop\n",
+                    (Order::Kill, ..) => {
+                        kill_supervisor.as_mut().reset(tokio::time::Instant::now() + SUPERVISOR_GRACE);
+                        "kill\n"
+                    }
+                };
+                if write.write_all(word.as_bytes()).await.is_err() {
+                    let _ = child.start_kill();
+                }
+            }
+            () = &mut kill_supervisor => {
+                let _ = child.start_kill();
+                kill_supervisor.as_mut().reset(tokio::time::Instant::now() + SUPERVISOR_GRACE);
+            }
+        }
+    };
+    while let Ok(Ok(Some(line))) = tokio::time::timeout(Duration::from_millis(20), lines.next_line()).await {
+        if let Some(("ended", how)) = line.split_once(' ') {
+            ended = Some(how.to_owned());
+        }
+    }
+    drain_output(output).await;
+    let how = ended.unwrap_or_else(|| status.map_or_else(|e| e.to_string(), describe));
+    Ok(if ready {
+        format!("command ended with {how}")
+    } else {
+        format!("command ended with {how} before it was ready")
+    })
+}
+
+/// Runs `cmdStop`, with `${PID}` filled in. How it ends does not matter: the grace and the kill come anyway.
+fn run_stop_command(
+    argv: &[String],
+    pid: u32,
+    launch: &registry::CommandLaunch,
+    process: &Process,
+    logs: &Logs,
+) {
+    let mut argv = argv.iter().map(|a| a.replace("${PID}", &pid.to_string()));
+    let Some(program) = argv.next() else { return };
+    let mut command = Command::new(program);
+    command.args(argv).envs(launch.env.iter().map(|(k, v)| (k, v)));
+    match spawn(command, &process.model, logs) {
+        Ok(mut spawned) => {
+            tokio::spawn(async move {
+                let _ = spawned.child.wait().await;
+                drain_output(spawned.output).await;
+            });
+        }
+        Err(e) => {
+            let note = format!("cmdStop: {e}");
+            logs.push(crate::logs::Source::Model(process.model.clone()), note.as_bytes());
+        }
+    }
+}
+
+/// Returns when the command answers its health check with 200.
+async fn until_healthy(launch: &registry::CommandLaunch, host: &str, port: u16, prefix: &str) {
+    let Some(endpoint) = &launch.check_endpoint else {
+        return;
+    };
+    let limits = Limits {
+        connect: Some(POLL_ANSWER),
+        response_header: Some(POLL_ANSWER),
+        idle: None,
+    };
+    let path = format!("{prefix}/{}", endpoint.trim_start_matches('/'));
+    loop {
+        // A new connection each time: nothing of a half-started server is kept.
+        let pool = Pool::new(host, port, limits);
+        let request = Request::get(&path).header(http::header::HOST, format!("{host}:{port}"));
+        let Ok(request) = request.body(Full::<Bytes>::default()) else {
+            return std::future::pending().await;
+        };
+        if let Ok((response, _)) = pool.send(request, &|_| ()).await
+            && response.status() == http::StatusCode::OK
+        {
+            return;
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn base_addresses() {
+        assert_eq!(
+            parse_base("http://localhost:5800").unwrap(),
+            ("localhost".into(), 5800, String::new())
+        );
+        assert_eq!(
+            parse_base("http://[::1]:81/v/").unwrap(),
+            ("::1".into(), 81, "/v".into())
+        );
+        assert!(parse_base("https://x").unwrap_err().contains("https"));
+        assert!(parse_base("nonsense").is_err());
+    }
+}

@@ -1,0 +1,126 @@
+//! Our own worker, over the control socket.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use api_types::control::{CONTROL_ENV, CONTROL_STDIN, ProxyCommand, WorkerEvent, to_line};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::process::{Child, Command};
+use tokio::sync::mpsc;
+
+use super::{Definition, Order, Process, Report, describe, drain_output, spawn};
+use crate::logs::{Logs, Source};
+use crate::upstream::Pool;
+
+/// Environment variable that names the worker's program, for tests and unusual installations.
+pub const PROGRAM_ENV: &str = "SWAPD_WORKER";
+
+/// The worker's program: named by the environment, else beside this program, else found in `PATH`.
+#[must_use]
+pub fn program() -> PathBuf {
+    if let Some(named) = std::env::var_os(PROGRAM_ENV).filter(|p| !p.is_empty()) {
+        return named.into();
+    }
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| Some(exe.parent()?.join("mlxworker")));
+    beside
+        .filter(|p| p.is_file())
+        .unwrap_or_else(|| "mlxworker".into())
+}
+
+pub(super) async fn run(
+    process: &Arc<Process>,
+    launch: &registry::WorkerLaunch,
+    definition: &Definition,
+    mut orders: mpsc::Receiver<Order>,
+    logs: &Logs,
+    report: &(impl Fn(Report) + Send + Sync),
+) -> Result<String, String> {
+    let mut command = Command::new(program());
+    command
+        .args(launch.argv())
+        .envs(launch.env.iter().map(|(k, v)| (k, v)))
+        .env(CONTROL_ENV, CONTROL_STDIN);
+    let spawned = spawn(command, &process.model, logs)?;
+    let (mut child, output) = (spawned.child, spawned.output);
+    let pid = child.id();
+    if let Some(pid) = pid {
+        let _ = process.pid.set(pid);
+    }
+    let (read, mut write) = spawned.control.into_split();
+    let mut lines = BufReader::new(read).lines();
+    let mut fatal = None;
+    let mut listening = true;
+    let status = loop {
+        tokio::select! {
+            status = child.wait() => break status,
+            line = lines.next_line(), if listening => match line {
+                Ok(Some(line)) => fatal = heard(&line, process, definition, logs, report).or(fatal),
+                Ok(None) | Err(_) => listening = false,
+            },
+            Some(order) = orders.recv() => match order {
+                Order::Stop => {
+                    let line = to_line(&ProxyCommand::Stop).unwrap_or_default();
+                    if write.write_all(line.as_bytes()).await.is_err() {
+                        signal(&child, Signal::SIGTERM);
+                    }
+                }
+                Order::Kill => signal(&child, Signal::SIGKILL),
+            },
+        }
+    };
+    // What it said last may still be in the socket.
+    while let Ok(Ok(Some(line))) =
+        tokio::time::timeout(std::time::Duration::from_millis(20), lines.next_line()).await
+    {
+        fatal = heard(&line, process, definition, logs, &|_| ()).or(fatal);
+    }
+    // Helpers that the worker may have left in its group go with it.
+    if let Some(pid) = pid.and_then(|p| i32::try_from(p).ok()) {
+        let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+    drain_output(output).await;
+    let ended = status.map_or_else(|e| e.to_string(), describe);
+    Ok(match fatal {
+        Some(message) => format!("{message} (worker ended with {ended})"),
+        None => format!("worker ended with {ended}"),
+    })
+}
+
+/// Takes one message of the worker; returns the message of a fatal one.
+fn heard(
+    line: &str,
+    process: &Process,
+    definition: &Definition,
+    logs: &Logs,
+    report: &(impl Fn(Report) + Send + Sync),
+) -> Option<String> {
+    match serde_json::from_str(line) {
+        Ok(WorkerEvent::Loading { .. }) => report(Report::Progress),
+        Ok(WorkerEvent::Ready { port, limits, .. }) => {
+            let _ = process.announced.set(limits);
+            report(Report::Ready(
+                Arc::new(Pool::new("127.0.0.1", port, definition.limits)),
+                String::new(),
+            ));
+        }
+        Ok(WorkerEvent::Heartbeat(beat)) => *process.heartbeat.lock() = Some(beat),
+        Ok(WorkerEvent::Fatal { message }) => return Some(message),
+        Ok(WorkerEvent::Unknown) => {}
+        Err(e) => {
+            let note = format!("unreadable message on the control socket ({e}): {line}");
+            logs.push(Source::Model(process.model.clone()), note.as_bytes());
+        }
+    }
+    None
+}
+
+fn signal(child: &Child, signal: Signal) {
+    // Not reaped yet, or `id` were `None`: the number still means this process.
+    if let Some(pid) = child.id().and_then(|p| i32::try_from(p).ok()) {
+        let _ = killpg(Pid::from_raw(pid), signal);
+    }
+}

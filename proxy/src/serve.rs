@@ -1,0 +1,107 @@
+//! The listener, the signals, and the end of it all.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+use crate::http::{App, handle};
+
+/// Longest grace of a shutdown: requests in flight, then the processes' own end.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
+/// Delay after a failed accept (too many open files, mostly).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Serves until SIGTERM or SIGINT; returns when no process is left.
+///
+/// The first signal lets requests in flight finish, within the longest unload grace of the registry; a second one
+/// ends that grace at once.
+///
+/// # Errors
+/// The signals cannot be listened to.
+pub async fn serve(app: Arc<App>, listener: TcpListener) -> std::io::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::spawn(app.house.clone().keep_time());
+    let (closing, closed) = watch::channel(false);
+    let accepting = tokio::spawn(accept(app.clone(), listener, closed));
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    tracing::info!("shutting down");
+    let _ = closing.send(true);
+    let models = &app.house.catalog().registry.clone().models;
+    let grace = models
+        .values()
+        .map(|m| m.unload_timeout)
+        .max()
+        .unwrap_or(Duration::ZERO)
+        .min(SHUTDOWN_GRACE);
+    let mut emptied = std::pin::pin!(app.house.shut_down(grace));
+    tokio::select! {
+        () = &mut emptied => {}
+        _ = terminate.recv() => app.house.shut_down(Duration::ZERO).await,
+        _ = interrupt.recv() => app.house.shut_down(Duration::ZERO).await,
+    }
+    // Replies that are on their way out get a moment.
+    let _ = tokio::time::timeout(Duration::from_millis(500), accepting).await;
+    tracing::info!("shutdown complete");
+    Ok(())
+}
+
+/// Accepts connections until `closed`, then waits for those that are open.
+async fn accept(app: Arc<App>, listener: TcpListener, mut closed: watch::Receiver<bool>) {
+    let mut connections = tokio::task::JoinSet::new();
+    let mut stop = closed.clone();
+    loop {
+        tokio::select! {
+            () = until(&mut stop) => break,
+            Some(_) = connections.join_next() => {}
+            accepted = listener.accept() => match accepted {
+                Ok((stream, client)) => {
+                    connections.spawn(connection(app.clone(), stream, client, closed.clone()));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "accept");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            },
+        }
+    }
+    drop(listener);
+    until(&mut closed).await;
+    while connections.join_next().await.is_some() {}
+}
+
+async fn connection(app: Arc<App>, stream: TcpStream, client: SocketAddr, mut closed: watch::Receiver<bool>) {
+    if let Err(error) = stream.set_nodelay(true) {
+        tracing::debug!(%error, "TCP_NODELAY");
+    }
+    let service = service_fn(move |request| handle(app.clone(), client, request));
+    let mut connection = std::pin::pin!(
+        http1::Builder::new()
+            .serve_connection(TokioIo::new(stream), service)
+            .with_upgrades()
+    );
+    let result = tokio::select! {
+        result = connection.as_mut() => result,
+        () = until(&mut closed) => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = result {
+        tracing::debug!(%client, %error, "connection");
+    }
+}
+
+async fn until(closed: &mut watch::Receiver<bool>) {
+    let _ = closed.wait_for(|c| *c).await;
+}
