@@ -10,6 +10,8 @@
 //! - `template/`: Hugging Face chat templates on minijinja.
 //!   - `environment`: the Jinja settings, filters, tests and globals of `transformers`
 //!   - `python`: `str`, `repr`, `json.dumps` as CPython writes them
+//!   - `filters`: Jinja2's filters and tests, where minijinja lacks one or differs
+//!   - `args`: arguments by place or by name
 //!   - `methods`: Python's methods of strings, dicts and lists
 //!   - `clock`: `strftime_now` with a clock that tests can set
 //!   - `messages`: from OpenAI's messages to the ones that templates read
@@ -34,4 +36,5 @@ pub use output::{
     Reasoning, ToolCall, ToolFormat, ToolSet, UnknownToolFormat,
 };
 pub use stop::StopMatcher;
+pub use jiff::civil::DateTime;
 pub use template::{ChatTemplate, Clock, ContentStyle, RenderInputs, TemplateError, system_clock};

@@ -3,10 +3,12 @@
 use std::fmt;
 
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Kwargs, Rest, ValueKind};
+use minijinja::value::{Kwargs, Rest};
 use minijinja::{AutoEscape, Environment, Error, ErrorKind, UndefinedBehavior, Value};
 
+use super::args::Args;
 use super::clock::{Clock, strftime};
+use super::filters;
 use super::methods::unknown_method;
 use super::python::{JsonStyle, json_dumps, py_str};
 
@@ -29,6 +31,7 @@ impl std::error::Error for Raised {}
 pub(crate) fn environment(clock: &Clock) -> Result<Environment<'static>, Error> {
     let mut env = Environment::new();
     minijinja_contrib::add_to_environment(&mut env);
+    filters::add_to(&mut env);
     env.set_syntax(
         SyntaxConfig::builder()
             .trim_blocks(true)
@@ -41,17 +44,6 @@ pub(crate) fn environment(clock: &Clock) -> Result<Environment<'static>, Error> 
     env.set_formatter(|out, _, value| out.write_str(&py_str(value)).map_err(Error::from));
     env.set_unknown_method_callback(unknown_method);
     env.add_filter("tojson", tojson);
-    env.add_filter("string", |value: &Value| py_str(value));
-    env.add_test("sequence", |value: &Value| {
-        // Python: has a length and `[]`. Strings and mappings do, and so does Jinja's Undefined.
-        matches!(
-            value.kind(),
-            ValueKind::Seq | ValueKind::Iterable | ValueKind::String | ValueKind::Map | ValueKind::Undefined
-        )
-    });
-    env.add_test("iterable", |value: &Value| {
-        !value.is_none() && value.try_iter().is_ok()
-    });
     env.add_function("raise_exception", |message: &Value| -> Result<Value, Error> {
         let message = py_str(message);
         Err(Error::new(ErrorKind::InvalidOperation, message.clone()).with_source(Raised(message)))
@@ -63,19 +55,13 @@ pub(crate) fn environment(clock: &Clock) -> Result<Environment<'static>, Error> 
 
 /// `tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False)`
 fn tojson(value: &Value, positional: Rest<Value>, keywords: Kwargs) -> Result<Value, Error> {
-    let argument = |index: usize, name: &str| {
-        let given = positional
-            .get(index)
-            .cloned()
-            .or_else(|| keywords.get::<Value>(name).ok());
-        given.filter(|value| !value.is_none() && !value.is_undefined())
-    };
+    let args = Args::new(positional, keywords);
     let mut style = JsonStyle {
-        ensure_ascii: argument(0, "ensure_ascii").is_some_and(|value| value.is_true()),
-        sort_keys: argument(3, "sort_keys").is_some_and(|value| value.is_true()),
+        ensure_ascii: args.flag(0, "ensure_ascii"),
+        sort_keys: args.flag(3, "sort_keys"),
         ..JsonStyle::default()
     };
-    if let Some(indent) = argument(1, "indent") {
+    if let Some(indent) = args.get(1, "indent") {
         style.indent = Some(match indent.as_str() {
             Some(text) => text.to_owned(),
             // As in CPython, a negative indent is no indent, but still one item per line.
@@ -83,7 +69,7 @@ fn tojson(value: &Value, positional: Rest<Value>, keywords: Kwargs) -> Result<Va
         });
         style.item_separator = ",".to_owned();
     }
-    if let Some(separators) = argument(2, "separators") {
+    if let Some(separators) = args.get(2, "separators") {
         let parts: Vec<Value> = separators.try_iter()?.collect();
         match parts.as_slice() {
             [item, key] => {
@@ -101,7 +87,7 @@ fn tojson(value: &Value, positional: Rest<Value>, keywords: Kwargs) -> Result<Va
             }
         }
     }
-    keywords.assert_all_used()?;
+    args.finish()?;
     json_dumps(value, &style).map(Value::from)
 }
 
@@ -136,6 +122,16 @@ pub(crate) fn prepare_source(source: &str) -> String {
         out.push_str(head);
         out.push_str(if ends_here { replacement } else { word });
         rest = after;
+        if word == "raw" && ends_here {
+            // Jinja2 keeps the line end after `{% raw %}`; minijinja is told to by a plus sign.
+            if after.trim_start().starts_with("%}") {
+                out.push_str(" +");
+                rest = after.trim_start();
+            }
+            let end = rest.find("endraw").unwrap_or(rest.len());
+            out.push_str(rest.get(..end).unwrap_or_default());
+            rest = rest.get(end..).unwrap_or_default();
+        }
     }
     out.push_str(rest);
     out

@@ -1,7 +1,9 @@
 //! Python's methods of `str`, `dict` and `list`, where minijinja-contrib's `pycompat` lacks one or differs.
 
-use minijinja::value::{Kwargs, Rest, Tuple, ValueKind, from_args};
+use minijinja::value::{Tuple, ValueKind, from_args};
 use minijinja::{Error, ErrorKind, State, Value};
+
+use super::args::Args;
 
 /// Called by minijinja for every method of a plain value. Anything not listed here goes to `pycompat`.
 pub(crate) fn unknown_method(
@@ -22,59 +24,8 @@ pub(crate) fn unknown_method(
     }
 }
 
-/// Positional and keyword arguments of one call, checked by name.
-struct Args {
-    positional: Vec<Value>,
-    keywords: Kwargs,
-}
-
-impl Args {
-    fn new(args: &[Value]) -> Result<Self, Error> {
-        let (positional, keywords): (Rest<Value>, Kwargs) = from_args(args)?;
-        Ok(Self {
-            positional: positional.0,
-            keywords,
-        })
-    }
-
-    fn get(&self, index: usize, name: &str) -> Option<Value> {
-        let given = self
-            .positional
-            .get(index)
-            .cloned()
-            .or_else(|| self.keywords.get::<Value>(name).ok());
-        given.filter(|value| !value.is_none() && !value.is_undefined())
-    }
-
-    fn text(&self, index: usize, name: &str) -> Result<Option<String>, Error> {
-        match self.get(index, name) {
-            None => Ok(None),
-            Some(value) => match value.as_str() {
-                Some(text) => Ok(Some(text.to_owned())),
-                None => Err(Error::new(
-                    ErrorKind::InvalidOperation,
-                    format!("argument {name} must be a string, not {}", value.kind()),
-                )),
-            },
-        }
-    }
-
-    fn required(&self, index: usize, name: &str) -> Result<String, Error> {
-        self.text(index, name)?
-            .ok_or_else(|| Error::new(ErrorKind::MissingArgument, format!("missing argument {name}")))
-    }
-
-    fn integer(&self, index: usize, name: &str) -> Result<Option<i64>, Error> {
-        self.get(index, name).map(i64::try_from).transpose()
-    }
-
-    fn flag(&self, index: usize, name: &str) -> bool {
-        self.get(index, name).is_some_and(|value| value.is_true())
-    }
-}
-
 fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Value>, Error> {
-    let args = Args::new(args)?;
+    let args = Args::of_method(args)?;
     Ok(Some(match method {
         "strip" => Value::from(strip(text, &args, true, true)?),
         "lstrip" => Value::from(strip(text, &args, true, false)?),
@@ -116,7 +67,19 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
                 _ => Value::from(text.replace(&old, &new)),
             }
         }
-        "casefold" => Value::from(text.to_lowercase()),
+        "title" => Value::from(title(text)),
+        "swapcase" => Value::from(
+            text.chars()
+                .flat_map(|c| {
+                    let upper = c.is_uppercase();
+                    let lowered = upper.then(|| c.to_lowercase());
+                    let raised = (!upper).then(|| c.to_uppercase());
+                    lowered.into_iter().flatten().chain(raised.into_iter().flatten())
+                })
+                .collect::<String>(),
+        ),
+        // Full case folding differs from lower case in few letters; of those only ß is in common use.
+        "casefold" => Value::from(text.to_lowercase().replace('ß', "ss")),
         "ljust" | "rjust" | "center" => {
             let width = usize::try_from(args.integer(0, "width")?.unwrap_or(0)).unwrap_or(0);
             let fill = args.text(1, "fillchar")?.unwrap_or_else(|| " ".to_owned());
@@ -162,8 +125,34 @@ fn string_method(text: &str, method: &str, args: &[Value]) -> Result<Option<Valu
     }))
 }
 
+/// `str.title`: a letter is upper case unless a letter with case stands before it.
+fn title(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut inside = false;
+    for c in text.chars() {
+        if inside {
+            out.extend(c.to_lowercase());
+        } else {
+            match c {
+                // The digraphs have a title form of their own.
+                '\u{1c4}'..='\u{1c6}' => out.push('\u{1c5}'),
+                '\u{1c7}'..='\u{1c9}' => out.push('\u{1c8}'),
+                '\u{1ca}'..='\u{1cc}' => out.push('\u{1cb}'),
+                '\u{1f1}'..='\u{1f3}' => out.push('\u{1f2}'),
+                c => {
+                    let mut upper = c.to_uppercase();
+                    out.extend(upper.next());
+                    out.extend(upper.flat_map(char::to_lowercase));
+                }
+            }
+        }
+        inside = c.is_uppercase() || c.is_lowercase();
+    }
+    out
+}
+
 /// Python's idea of whitespace: Unicode's, and the four information separators.
-fn is_space(c: char) -> bool {
+pub(crate) fn is_space(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 

@@ -1,8 +1,10 @@
 //! Hugging Face chat templates: loaded once, rendered many times.
 
+mod args;
 mod clock;
 mod environment;
 mod error;
+mod filters;
 mod load;
 mod messages;
 mod methods;
