@@ -106,7 +106,7 @@ impl Pool {
     /// No connection, or none that lasts until the head of a reply.
     pub async fn send(
         &self,
-        request: Request<Full<Bytes>>,
+        request: &Request<Full<Bytes>>,
         on_conn: &(dyn Fn(AbortHandle) + Sync),
     ) -> Result<(Response<Incoming>, Conn), Error> {
         let Some(limit) = self.limits.response_header else {
@@ -126,7 +126,7 @@ impl Pool {
 
     async fn send_unlimited(
         &self,
-        request: Request<Full<Bytes>>,
+        request: &Request<Full<Bytes>>,
         on_conn: &(dyn Fn(AbortHandle) + Sync),
     ) -> Result<(Response<Incoming>, Conn), Error> {
         while let Some(mut conn) = self.take_idle() {
@@ -135,8 +135,7 @@ impl Pool {
             }
             on_conn(conn.task.clone());
             // The body is shared, not copied.
-            let copy = request.clone();
-            match conn.sender.send_request(copy).await {
+            match conn.sender.send_request(request.clone()).await {
                 Ok(response) => return Ok((response, conn)),
                 Err(e) if e.is_canceled() || e.is_incomplete_message() || is_reset(&e) => break,
                 Err(e) => return Err(Error::Broken(e)),
@@ -144,7 +143,11 @@ impl Pool {
         }
         let mut conn = self.connect().await?;
         on_conn(conn.task.clone());
-        let response = conn.sender.send_request(request).await.map_err(Error::Broken)?;
+        let response = conn
+            .sender
+            .send_request(request.clone())
+            .await
+            .map_err(Error::Broken)?;
         Ok((response, conn))
     }
 

@@ -2,11 +2,13 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api_types::error::ApiError;
 use bytes::Bytes;
 use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
+use http::uri::PathAndQuery;
 use http::{Request, Response, Uri};
 use http_body_util::Full;
 use hyper::body::Incoming;
@@ -17,6 +19,7 @@ use super::body::{self, Body, ReadError, UpstreamBody};
 use super::error;
 use crate::house::Lease;
 use crate::jsonscan;
+use crate::upstream;
 
 /// Headers that belong to one connection (RFC 9110, section 7.6.1), and those that hyper sets itself.
 const HOP_BY_HOP: [HeaderName; 8] = [
@@ -38,6 +41,9 @@ const CREDENTIALS: [HeaderName; 3] = [
 ];
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+/// How long a process whose connection failed may take to be seen dead.
+const DYING: Duration = Duration::from_millis(100);
+
 const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// Forwards to the model that the JSON body names.
@@ -54,13 +60,12 @@ pub(super) async fn by_body(
         return Err(error::unknown_model(&catalog, &name));
     };
     drop(catalog);
-    let lease = app
-        .house
-        .lease(&model)
-        .await
-        .map_err(|r| error::rejected(&model, &r))?;
-    let path = parts.uri.path_and_query().map_or("/", |p| p.as_str()).to_owned();
-    send(app, client, lease, &model, parts, &path, body).await
+    let path = parts
+        .uri
+        .path_and_query()
+        .cloned()
+        .unwrap_or_else(|| PathAndQuery::from_static("/"));
+    serve(app, client, &model, parts, path, body).await
 }
 
 /// Forwards `/upstream/{model}/{path}` to the model's own `/{path}`.
@@ -84,13 +89,12 @@ pub(super) async fn by_path(
     if rest.is_empty() {
         return Ok(redirect(&parts, &format!("{}/{query}", parts.uri.path())));
     }
+    let path = format!("{rest}{query}");
+    let path = path
+        .parse()
+        .map_err(|_| ApiError::bad_request(format!("the path {path} is malformed")))?;
     let body = read(app, incoming).await?;
-    let lease = app
-        .house
-        .lease(&model)
-        .await
-        .map_err(|r| error::rejected(&model, &r))?;
-    send(app, client, lease, &model, parts, &format!("{rest}{query}"), body).await
+    serve(app, client, &model, parts, path, body).await
 }
 
 fn redirect(parts: &Parts, to: &str) -> Response<Body> {
@@ -139,46 +143,61 @@ fn model_name(body: &Bytes) -> Result<String, ApiError> {
     }
 }
 
-/// Sends the request to the leased process and passes the reply back.
-async fn send(
+/// Waits for the model, sends it the request and passes the reply back.
+///
+/// A process that died since it was last used may not have been reaped yet. Nothing can have reached it then, and the
+/// request goes to the next one.
+async fn serve(
     app: &Arc<App>,
     client: SocketAddr,
-    lease: Lease,
     model: &ModelId,
     parts: Parts,
-    path: &str,
+    path: PathAndQuery,
     body: Bytes,
 ) -> Result<Response<Body>, ApiError> {
-    let Some((pool, prefix)) = lease.upstream().cloned() else {
-        return Err(ApiError::internal(format!(
-            "model '{model}' is ready and has no address"
-        )));
-    };
-    let target = if prefix.is_empty() {
-        path.to_owned()
-    } else {
-        format!("{prefix}{path}")
-    };
-    let uri: Uri = target
-        .parse()
-        .map_err(|_| ApiError::bad_request(format!("the path {target} is malformed")))?;
     let mut request = Request::new(Full::new(body));
     *request.method_mut() = parts.method;
-    *request.uri_mut() = uri;
     *request.headers_mut() = parts.headers;
     tidy_request(request.headers_mut(), client);
-    let wire = lease.wire.clone();
-    match pool.send(request, &|task| wire.attach(task)).await {
-        Ok((response, conn)) => Ok(pass_back(response, conn, lease)),
-        Err(e) => {
-            if let Some(reason) = wire.why_cut() {
-                return Err(error::cut(model, reason));
-            }
-            // What the process says about its own end is worth a moment's wait.
-            lease.process.ended(std::time::Duration::from_millis(100)).await;
-            Err(error::no_reply(model, &e, &app.house.logs.tail(model, 20)))
+    let mut tried = false;
+    loop {
+        let lease = app
+            .house
+            .lease(model)
+            .await
+            .map_err(|r| error::rejected(model, &r))?;
+        let Some((pool, prefix)) = lease.upstream() else {
+            return Err(ApiError::internal(format!(
+                "model '{model}' is ready and has no address"
+            )));
+        };
+        *request.uri_mut() = prefixed(prefix, &path)?;
+        let (pool, wire) = (pool.clone(), lease.wire.clone());
+        let error = match pool.send(&request, &|task| wire.attach(task)).await {
+            Ok((response, conn)) => return Ok(pass_back(response, conn, lease)),
+            Err(error) => error,
+        };
+        if let Some(reason) = wire.why_cut() {
+            return Err(error::cut(model, reason));
         }
+        // What the process says about its own end is worth a moment's wait.
+        let gone = lease.process.ended(DYING).await;
+        if !tried && gone && matches!(error, upstream::Error::Connect(_)) {
+            tried = true;
+            continue;
+        }
+        return Err(error::no_reply(model, &error, &app.house.logs.tail(model, 20)));
     }
+}
+
+fn prefixed(prefix: &str, path: &PathAndQuery) -> Result<Uri, ApiError> {
+    if prefix.is_empty() {
+        return Ok(Uri::from(path.clone()));
+    }
+    let whole = format!("{prefix}{path}");
+    whole
+        .parse()
+        .map_err(|_| ApiError::bad_request(format!("the path {whole} is malformed")))
 }
 
 fn pass_back(response: Response<Incoming>, conn: crate::upstream::Conn, lease: Lease) -> Response<Body> {
@@ -254,10 +273,11 @@ mod tests {
             headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
         tidy_request(&mut headers, SocketAddr::from(([127, 0, 0, 1], 9)));
-        let left: Vec<(&str, &str)> = headers
+        let mut left: Vec<(&str, &str)> = headers
             .iter()
             .map(|(k, v)| (k.as_str(), v.to_str().unwrap()))
             .collect();
+        left.sort_unstable();
         assert_eq!(
             left,
             [("x-forwarded-for", "10.0.0.1, 127.0.0.1"), ("x-session-id", "s")]

@@ -176,7 +176,7 @@ async fn until_healthy(launch: &registry::CommandLaunch, host: &str, port: u16, 
         let Ok(request) = request.body(Full::<Bytes>::default()) else {
             return std::future::pending().await;
         };
-        if let Ok((response, _)) = pool.send(request, &|_| ()).await
+        if let Ok((response, _)) = pool.send(&request, &|_| ()).await
             && response.status() == http::StatusCode::OK
         {
             return;

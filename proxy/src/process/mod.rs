@@ -100,10 +100,12 @@ impl Process {
         (Arc::new(process), receiver)
     }
 
-    /// Returns when the process is gone, or after `limit`.
-    pub async fn ended(&self, limit: Duration) {
+    /// Waits until the process is gone, at most `limit`; whether it is.
+    pub async fn ended(&self, limit: Duration) -> bool {
         let mut end = self.end.subscribe();
-        let _ = tokio::time::timeout(limit, end.wait_for(|ended| *ended)).await;
+        tokio::time::timeout(limit, end.wait_for(|ended| *ended))
+            .await
+            .is_ok()
     }
 
     /// Passes an order on. (At most one stop and one kill are ever given: the channel holds them.)

@@ -1,0 +1,237 @@
+//! Routes, bodies and errors of the real program.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::disallowed_methods
+)]
+
+mod common;
+
+use std::process::Command;
+
+use common::Swapd;
+
+const ONE: &str = "models: {org/m: {worker: {model: DIR}, aliases: [short]}}";
+
+#[test]
+fn errors_are_envelopes() {
+    let swapd = Swapd::start(ONE);
+    let cases = [
+        (swapd.chat("shart", ""), 404, "model_not_found"),
+        (swapd.get("/nothing"), 404, "not_found"),
+        (swapd.get("/v1/chat/completions"), 405, "method_not_allowed"),
+        (swapd.post("/running", "{}"), 405, "method_not_allowed"),
+        (swapd.post("/v1/chat/completions", "{}"), 400, ""),
+        (swapd.post("/v1/chat/completions", "model=short"), 400, ""),
+        (swapd.get("/v1/models/none"), 404, "model_not_found"),
+        (swapd.get("/upstream/none/x"), 404, "model_not_found"),
+    ];
+    for (answer, status, code) in cases {
+        assert_eq!(
+            (answer.status, answer.error().1.as_str()),
+            (status, code),
+            "{answer:?}"
+        );
+    }
+    let (message, _) = swapd.chat("shart", "").error();
+    assert!(
+        message.contains("'shart'") && message.contains("'short'"),
+        "{message}"
+    );
+    assert_eq!(swapd.get("/v1/chat/completions").header("allow"), Some("POST"));
+    let big = swapd
+        .open(
+            "POST",
+            "/v1/chat/completions",
+            "Content-Length: 400000000\r\n",
+            "",
+        )
+        .finish();
+    assert_eq!((big.status, big.error().1.as_str()), (413, "request_too_large"));
+}
+
+#[test]
+fn the_body_arrives_as_it_was_and_credentials_stay() {
+    let swapd = Swapd::start(ONE);
+    let body =
+        "{ \"messages\" : [{\"model\":\"inner\"}] ,\n \"model\":\"short\", \"echo\":true, \"n\": 1.50 }";
+    let headers =
+        "Authorization: Bearer k\r\nX-Api-Key: k\r\nX-Session-Id: s\r\nContent-Type: application/json\r\n";
+    let answer = swapd.open("POST", "/v1/embeddings?a=b", headers, body).finish();
+    let echo = answer.json();
+    assert_eq!(
+        (echo["body"].as_str(), echo["path"].as_str()),
+        (Some(body), Some("/v1/embeddings?a=b"))
+    );
+    let header = |name: &str| {
+        echo["headers"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|h| h[0] == name)
+            .map(|h| h[1].clone())
+    };
+    assert_eq!(header("x-session-id").unwrap(), "s");
+    assert_eq!(header("content-length").unwrap(), body.len().to_string());
+    assert!(header("authorization").is_none() && header("x-api-key").is_none());
+    assert_eq!(header("x-forwarded-for").unwrap(), "127.0.0.1");
+}
+
+#[test]
+fn big_bodies_pass_both_ways() {
+    let swapd = Swapd::start(ONE);
+    let text = "y".repeat(20 << 20);
+    let answer = swapd.post(
+        "/v1/chat/completions",
+        &format!(r#"{{"echo":true,"x":"{text}","model":"short"}}"#),
+    );
+    assert_eq!(answer.json()["body"].as_str().unwrap().len(), text.len() + 36);
+    let answer = swapd.chat("short", r#""bytes":30000000"#);
+    assert!(answer.complete && answer.body.len() == 30_000_000);
+}
+
+#[test]
+fn a_chunked_body_is_read_too() {
+    let swapd = Swapd::start(ONE);
+    let body = r#"{"model":"short"}"#;
+    let (a, b) = body.split_at(5);
+    let chunks = format!("5\r\n{a}\r\n{:x}\r\n{b}\r\n0\r\n\r\n", b.len());
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let mut stream = std::net::TcpStream::connect(&swapd.address).unwrap();
+    std::io::Write::write_all(&mut stream, format!("{head}{chunks}").as_bytes()).unwrap();
+    let mut reply = [0; 12];
+    std::io::Read::read_exact(&mut stream, &mut reply).unwrap();
+    assert_eq!(&reply, b"HTTP/1.1 200");
+}
+
+#[test]
+fn upstream_paths_reach_the_model_by_the_longest_name() {
+    let swapd = Swapd::start(ONE);
+    assert_eq!(
+        swapd.get("/upstream/org/m/some/path?q=%20").body,
+        "/some/path?q=%20"
+    );
+    assert_eq!(swapd.get("/upstream/org%2Fm/x").body, "/x");
+    assert_eq!(swapd.get("/upstream/short/").body, "/");
+    let redirect = swapd.get("/upstream/org/m?q=1");
+    assert_eq!(
+        (redirect.status, redirect.header("location")),
+        (301, Some("/upstream/org/m/?q=1"))
+    );
+}
+
+#[test]
+fn lists_and_logs() {
+    let swapd = Swapd::start(
+        "includeAliasesInList: true\nmodels: {m: {worker: {model: DIR, env: [FAKE_CHATTER=3]}, aliases: [z], name: M, description: ' d ', metadata: {x: 1}}, hidden: {cmd: 'FAKESERVER --port ${PORT}', unlisted: true}}",
+    );
+    let list = swapd.get("/v1/models").json();
+    let ids: Vec<_> = list["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| m["id"].as_str().unwrap())
+        .collect();
+    assert_eq!(ids, ["m", "z"]);
+    let row = swapd.get("/v1/models/z").json();
+    assert_eq!(
+        (
+            row["id"].as_str(),
+            row["name"].as_str(),
+            row["description"].as_str()
+        ),
+        (Some("m"), Some("M"), Some("d"))
+    );
+    assert_eq!(row["meta"]["llamaswap"]["x"], 1);
+    swapd.chat("m", "");
+    let logs = swapd.get("/logs").body;
+    assert!(logs.contains("chatter 2\n") && logs.contains("ready"), "{logs}");
+    let mut stream = swapd.open("GET", "/logs/stream/m", "", "");
+    assert!(stream.chunk().unwrap().unwrap().starts_with("chatter 0\n"));
+    let mut own = swapd.open("GET", "/logs/stream/proxy?no-history", "", "");
+    swapd.get("/unload");
+    assert!(own.chunk().unwrap().unwrap().contains("stopping"));
+    assert_eq!(swapd.get("/health").body, "OK");
+    assert_eq!(swapd.open("HEAD", "/health", "", "").status, 200);
+}
+
+#[test]
+fn concurrency_limit_is_429_with_retry_after() {
+    let swapd = Swapd::start("models: {m: {worker: {model: DIR}, concurrencyLimit: 1}}");
+    let mut first = swapd.chat_open("m", r#""stream":true,"events":50,"gap_ms":50"#);
+    first.chunk().unwrap();
+    let refused = swapd.chat("m", "");
+    assert_eq!((refused.status, refused.header("retry-after")), (429, Some("1")));
+    assert_eq!(refused.error().1, "concurrency_limit");
+}
+
+#[test]
+fn keep_alive_connections_serve_many_requests() {
+    let swapd = Swapd::start(ONE);
+    let mut stream = std::net::TcpStream::connect(&swapd.address).unwrap();
+    let body = common::chat_body("short", r#""bytes":5"#);
+    let request = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    for _ in 0..50 {
+        std::io::Write::write_all(&mut stream, request.as_bytes()).unwrap();
+        let mut seen = Vec::new();
+        while !seen.ends_with(b"xxxxx") {
+            let mut buffer = [0; 512];
+            let n = std::io::Read::read(&mut stream, &mut buffer).unwrap();
+            assert!(n > 0);
+            seen.extend_from_slice(&buffer[..n]);
+        }
+    }
+}
+
+fn check(config: &str, more: &[&str]) -> (i32, String) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.yaml");
+    std::fs::write(&path, common::expand(config, &dir)).unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_swapd"));
+    let output = command
+        .args(["check", "-config", path.to_str().unwrap()])
+        .args(more)
+        .output()
+        .unwrap();
+    let text = String::from_utf8(output.stdout).unwrap() + &String::from_utf8(output.stderr).unwrap();
+    (output.status.code().unwrap(), text)
+}
+
+#[test]
+fn check_names_file_line_and_key() {
+    assert_eq!(check(ONE, &[]), (0, "ok: 1 model\n".into()));
+    let (code, text) = check("models:\n  m:\n    cmd: x --port ${PORT}\n    ttl: soon\n", &[]);
+    assert_eq!(code, 1);
+    assert!(
+        text.contains("c.yaml:4:") && text.contains("models.m.ttl"),
+        "{text}"
+    );
+    let unknown = "models:\n  m:\n    cmd: x --port ${PORT}\n    tll: 5\n";
+    let (code, text) = check(unknown, &[]);
+    assert!(code == 1 && text.contains("models.m.tll"), "{text}");
+    assert_eq!(check(unknown, &["--lenient"]).0, 0);
+}
+
+#[test]
+fn a_bad_registry_or_command_line_does_not_serve() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("c.yaml");
+    std::fs::write(&path, "models:\n  m: [1]\n").unwrap();
+    let run = |args: &[&str]| {
+        Command::new(env!("CARGO_BIN_EXE_swapd"))
+            .args(args)
+            .output()
+            .unwrap()
+    };
+    let output = run(&["--config", path.to_str().unwrap(), "--listen", "127.0.0.1:0"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("c.yaml:2:"));
+    assert_eq!(run(&["--confg", "x"]).status.code(), Some(2));
+    assert_eq!(run(&["-version"]).status.code(), Some(0));
+    assert_eq!(run(&["--config", "/does/not/exist"]).status.code(), Some(1));
+}
