@@ -84,7 +84,7 @@ fn value(node: &Node, ty: Ty, path: &str, findings: &mut Findings) {
         _ if fits(node, ty) => {}
         _ => {
             let shown = node.text().map(|t| format!(" (`{t}`)")).unwrap_or_default();
-            let out_of_range = matches!((&node.data, ty), (Data::Int(..), Ty::Int { .. }));
+            let out_of_range = matches!(ty, Ty::Int { .. }) && integer(node).is_some();
             let message = if out_of_range {
                 format!(
                     "{} is out of range; expected {}",
@@ -134,12 +134,13 @@ pub(crate) fn boolean(node: &Node) -> Option<bool> {
     }
 }
 
-/// A whole number; `3.0` is one.
+/// A whole number; `3.0` is one, and so is a text of digits, as a macro inside a text leaves it.
 pub(crate) fn integer(node: &Node) -> Option<i64> {
     match &node.data {
         Data::Int(i, _) => Some(*i),
         #[allow(clippy::cast_possible_truncation)]
         Data::Float(x, _) if x.fract() == 0.0 && x.abs() < 9e15 => Some(*x as i64),
+        Data::Str(text) => text.parse().ok(),
         _ => None,
     }
 }

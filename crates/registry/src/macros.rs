@@ -220,7 +220,7 @@ fn apply(node: &mut Node, m: &Macro, path: &str, findings: &mut Findings) {
                 if expanded > MAX_TEXT {
                     let message = format!("macro `{}` makes the text longer than {MAX_TEXT} bytes", m.name);
                     findings.error(Code::Macro, node.at, path, message);
-                    text.clear();
+                    *text = text.replace(&pattern, "");
                 } else {
                     *text = text.replace(&pattern, &value);
                 }

@@ -37,7 +37,7 @@ pub(crate) enum Raw {
 /// Deepest nesting of parentheses.
 const MAX_DEPTH: usize = 32;
 /// Most candidates that are followed at once; past it, the cheapest are kept. Reached only when dozens of models run.
-const MAX_CANDIDATES: usize = 4096;
+const MAX_CANDIDATES: usize = 256;
 
 impl Matrix {
     pub(crate) fn new(sets: IndexMap<String, Expr>, costs: IndexMap<String, u64>) -> Self {

@@ -159,7 +159,12 @@ fn worker() -> Value {
             knobs::Kind::Str => json!({"type": ["string", "number", "null"]}),
             knobs::Kind::Enum(names) => {
                 let mut allowed: Vec<Value> = names.iter().map(|n| json!(n)).collect();
-                allowed.extend(names.iter().filter_map(|n| n.parse::<i64>().ok()).map(|n| json!(n)));
+                allowed.extend(
+                    names
+                        .iter()
+                        .filter_map(|n| n.parse::<i64>().ok())
+                        .map(|n| json!(n)),
+                );
                 allowed.push(Value::Null);
                 or_macro(json!({"enum": allowed}))
             }

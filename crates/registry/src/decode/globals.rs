@@ -37,7 +37,11 @@ pub(super) fn globals(root: &Node, bases: &[PathBuf], findings: &mut Findings) -
     let section = |name: &str| root.get(name).unwrap_or(&nothing);
     let performance = section("performance");
     Globals {
-        health_check_timeout: health_check_timeout(root).unwrap_or(Duration::from_secs(120)),
+        // Unlike a model's, the global 0 is a very short time.
+        health_check_timeout: match int(root, "healthCheckTimeout") {
+            Some(0) => MIN_HEALTH_CHECK,
+            _ => health_check_timeout(root).unwrap_or(Duration::from_secs(120)),
+        },
         unload_timeout: seconds(root, "unloadTimeout")
             .filter(|t| !t.is_zero())
             .unwrap_or(Duration::from_secs(10)),

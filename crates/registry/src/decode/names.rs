@@ -61,10 +61,14 @@ impl Names {
                 names.alias(&name.key, &entry.key, name.at, &path, findings);
             }
         }
-        names.add_peers(root, findings);
+        let bare = names.add_peers(root, findings);
         for entry in root.get("selectors").map(Node::entries).unwrap_or_default() {
             let path = join("selectors", &entry.key);
             names.add(&entry.key, Meaning::Selector, entry.at, &path, findings);
+        }
+        // A bare name gives way to everything that is called so here.
+        for model in bare {
+            names.known.entry(model).or_insert(Meaning::Peer);
         }
         names
     }
@@ -116,8 +120,8 @@ impl Names {
         }
     }
 
-    /// Adds `peer/model`, and `model` where exactly one peer has it and nothing here is called so.
-    fn add_peers(&mut self, root: &Node, findings: &mut Findings) {
+    /// Adds every `peer/model`. Returns the bare names that exactly one peer has.
+    fn add_peers(&mut self, root: &Node, findings: &mut Findings) -> Vec<String> {
         let mut bare: BTreeMap<String, usize> = BTreeMap::new();
         for peer in root.get("peers").map(Node::entries).unwrap_or_default() {
             let mut own: Vec<String> = Vec::new();
@@ -147,11 +151,7 @@ impl Names {
                 own.push(model);
             }
         }
-        for (model, owners) in bare {
-            if owners == 1 && !self.known.contains_key(&model) {
-                self.known.insert(model, Meaning::Peer);
-            }
-        }
+        bare.into_iter().filter(|(_, owners)| *owners == 1).map(|(model, _)| model).collect()
     }
 
     /// The id of the model that a name stands for.
