@@ -1,0 +1,16 @@
+//! Tells the worker where libmlx lies: beside an installed program (`../lib`), or where the build found or fetched it.
+
+fn main() {
+    println!("cargo::rerun-if-env-changed=DEP_MLX_LIBRARY_DIRS");
+    let origin = if std::env::var("CARGO_CFG_TARGET_OS").as_deref() == Ok("macos") {
+        "@executable_path"
+    } else {
+        "$ORIGIN"
+    };
+    println!("cargo::rustc-link-arg=-Wl,-rpath,{origin}/../lib");
+    if let Some(dirs) = std::env::var_os("DEP_MLX_LIBRARY_DIRS") {
+        for dir in std::env::split_paths(&dirs) {
+            println!("cargo::rustc-link-arg=-Wl,-rpath,{}", dir.display());
+        }
+    }
+}

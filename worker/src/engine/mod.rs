@@ -1,0 +1,197 @@
+//! The engine: one thread that owns MLX, the model and every sequence; [`Engine`] is the handle that HTTP holds.
+//!
+//! | module     | idea                                                      |
+//! |------------|-----------------------------------------------------------|
+//! | `run`      | the thread's loop: take requests, prefill, decode         |
+//! | `sequence` | one request on its way                                    |
+//! | `sampler`  | how one request's tokens are chosen                       |
+//! | `stats`    | counters                                                  |
+//!
+//! Sequences are stepped one after the other. Decoding several in one forward pass, a paged cache and a prefix cache
+//! replace `run` and the cache, behind the same handle.
+
+mod run;
+mod sampler;
+mod sequence;
+mod stats;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::mpsc::{self, TrySendError};
+use std::time::Duration;
+
+use serde_json::json;
+use tokio::sync::{oneshot, watch};
+
+use crate::backend::{
+    Backend, EngineState, EngineStats, GenerateRequest, Generation, ModelInfo, SubmitError, event_capacity,
+};
+use crate::model::{LoadError, LoadProgress};
+use run::Command;
+use stats::Counters;
+
+/// What the engine needs to know.
+#[derive(Debug, Clone)]
+pub struct EngineConfig {
+    /// The model's folder.
+    pub model: PathBuf,
+    /// Map the weights instead of reading them.
+    pub mapped: bool,
+    /// Prompt plus reply, in tokens; `None`: what the model's configuration says.
+    pub context_length: Option<usize>,
+    /// Sequences in prefill or decode at a time.
+    pub max_running: usize,
+    /// Requests that may wait for one of those places.
+    pub max_waiting: usize,
+    /// Prompt tokens computed in one step.
+    pub prefill_chunk: usize,
+    /// Bytes of freed buffers that MLX may keep.
+    pub buffer_cache_bytes: usize,
+}
+
+/// Why the engine could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// The model could not be loaded.
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    /// A knob asks for more than the model has.
+    #[error("--context-length {asked}: the model knows {known} positions")]
+    Context {
+        /// What was asked for.
+        asked: usize,
+        /// `max_position_embeddings`.
+        known: usize,
+    },
+    /// The first prefill and decode failed.
+    #[error("warm-up: {0}")]
+    WarmUp(String),
+    /// The thread could not be started, or ended without a word.
+    #[error("engine thread: {0}")]
+    Thread(String),
+}
+
+/// Handle of a running engine.
+#[derive(Debug)]
+pub struct Engine {
+    commands: mpsc::SyncSender<Command>,
+    counters: Arc<Counters>,
+    state: watch::Receiver<EngineState>,
+    info: ModelInfo,
+    max_waiting: usize,
+}
+
+impl Engine {
+    /// Starts the engine's thread and loads the model there. Returns when a real prefill and decode have run.
+    ///
+    /// # Errors
+    ///
+    /// See [`StartError`].
+    pub async fn start(
+        config: EngineConfig,
+        mut progress: impl FnMut(LoadProgress) + Send + 'static,
+    ) -> Result<Self, StartError> {
+        let counters = Arc::new(Counters::new());
+        // One more than may wait, for `stop`.
+        let (commands, inbox) = mpsc::sync_channel(config.max_waiting + 1);
+        let (state_sender, state) = watch::channel(EngineState::Running);
+        let (ready_sender, ready) = oneshot::channel();
+        let max_waiting = config.max_waiting;
+        let for_thread = Arc::clone(&counters);
+        std::thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(move || {
+                run::thread(
+                    config,
+                    &for_thread,
+                    &inbox,
+                    &state_sender,
+                    ready_sender,
+                    &mut progress,
+                )
+            })
+            .map_err(|error| StartError::Thread(error.to_string()))?;
+        let info = ready
+            .await
+            .map_err(|_| StartError::Thread("it ended while the model was loading".to_owned()))??;
+        Ok(Self {
+            commands,
+            counters,
+            state,
+            info,
+            max_waiting,
+        })
+    }
+}
+
+impl Backend for Engine {
+    fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+        if let EngineState::Dead(reason) = &*self.state.borrow() {
+            return Err(SubmitError::Dead(reason.clone()));
+        }
+        let (prompt_tokens, context_length) = (request.prompt.len(), self.info.context_length);
+        if prompt_tokens >= context_length {
+            return Err(SubmitError::TooLong {
+                prompt_tokens,
+                context_length,
+            });
+        }
+        let full = |waiting| SubmitError::QueueFull {
+            waiting,
+            retry_after: Duration::from_secs(1),
+        };
+        let waiting = self.counters.waiting.fetch_add(1, Relaxed);
+        let undo = |error| {
+            self.counters.waiting.fetch_sub(1, Relaxed);
+            Err(error)
+        };
+        if waiting > self.max_waiting {
+            return undo(full(waiting - 1));
+        }
+        let (sender, events) = tokio::sync::mpsc::channel(event_capacity(request.max_tokens));
+        match self.commands.try_send(Command::Generate {
+            request,
+            events: sender,
+        }) {
+            Ok(()) => Ok(Generation { events }),
+            Err(TrySendError::Full(_)) => undo(full(waiting)),
+            Err(TrySendError::Disconnected(_)) => undo(SubmitError::Stopped),
+        }
+    }
+
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn stats(&self) -> EngineStats {
+        self.counters.read()
+    }
+
+    fn state(&self) -> watch::Receiver<EngineState> {
+        self.state.clone()
+    }
+
+    fn stop(&self) {
+        let _ = self.commands.try_send(Command::Stop);
+    }
+}
+
+/// What `/status` and the `ready` line tell of the effective limits.
+fn limits(config: &EngineConfig, context_length: usize, storage: crate::model::weights::Storage) -> Limits {
+    let value = json!({
+        "context_length": context_length,
+        "max_running": config.max_running,
+        "max_waiting": config.max_waiting,
+        "prefill_chunk": config.prefill_chunk,
+        "buffer_cache_bytes": config.buffer_cache_bytes,
+        "weights_mapped_bytes": storage.mapped_bytes,
+        "weights_copied_bytes": storage.copied_bytes,
+    });
+    match value {
+        serde_json::Value::Object(map) => map,
+        _ => Limits::new(),
+    }
+}
+
+type Limits = serde_json::Map<String, serde_json::Value>;

@@ -1,0 +1,135 @@
+//! The decoder of Qwen3 and Qwen3-MoE.
+//!
+//! Source of the arithmetic and of the tensor names: Hugging Face transformers' `qwen3` and `qwen3_moe`; parity with
+//! MLX's Python reference is tested (`tests/parity`).
+
+use mlx_rs::Array;
+use mlx_rs::error::Result;
+
+use super::LoadError;
+use super::attention::Attention;
+use super::cache::SequenceCache;
+use super::config::ModelConfig;
+use super::layers::{Linear, Matrix, RmsNorm, swiglu};
+use super::moe::Experts;
+use super::weights::Weights;
+
+#[derive(Debug)]
+pub(super) struct Decoder {
+    embedding: Matrix,
+    layers: Vec<Layer>,
+    norm: RmsNorm,
+    /// `None`: the embedding serves.
+    head: Option<Matrix>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    attention_norm: RmsNorm,
+    attention: Attention,
+    feed_forward_norm: RmsNorm,
+    feed_forward: FeedForward,
+}
+
+#[derive(Debug)]
+enum FeedForward {
+    Dense { gate: Linear, up: Linear, down: Linear },
+    Experts(Experts),
+}
+
+impl Decoder {
+    pub(super) fn load(config: &ModelConfig, weights: &mut Weights) -> std::result::Result<Self, LoadError> {
+        let vocabulary = [config.vocab, config.hidden];
+        let embedding = Matrix::load(config, weights, "model.embed_tokens", &vocabulary)?;
+        let layers = (0..config.layers)
+            .map(|layer| Layer::load(config, weights, layer))
+            .collect::<std::result::Result<Vec<_>, _>>()?;
+        let norm = RmsNorm::load(config, weights, "model.norm", config.hidden)?;
+        let head = if config.tied {
+            None
+        } else {
+            Some(Matrix::load(config, weights, "lm_head", &vocabulary)?)
+        };
+        Ok(Self {
+            embedding,
+            layers,
+            norm,
+            head,
+        })
+    }
+
+    pub(super) fn forward(&self, tokens: &Array, cache: &mut SequenceCache) -> Result<Array> {
+        let mut x = self.embedding.rows(tokens)?;
+        let (offset, caches) = cache.begin(tokens.dim(1));
+        for (layer, cache) in self.layers.iter().zip(caches) {
+            let mixed = layer
+                .attention
+                .forward(&layer.attention_norm.apply(&x)?, offset, cache)?;
+            x = x.add(mixed)?;
+            let changed = layer.feed_forward.forward(&layer.feed_forward_norm.apply(&x)?)?;
+            x = x.add(changed)?;
+        }
+        Ok(x)
+    }
+
+    pub(super) fn last_logits(&self, hidden: &Array) -> Result<Array> {
+        let (length, width) = (hidden.dim(1), hidden.dim(2));
+        let last =
+            mlx_ext::ops::slice(hidden, &[0, length - 1, 0], &[1, length, width])?.reshape(&[1, width])?;
+        self.head
+            .as_ref()
+            .unwrap_or(&self.embedding)
+            .apply(&self.norm.apply(&last)?)
+    }
+}
+
+impl Layer {
+    fn load(
+        config: &ModelConfig,
+        weights: &mut Weights,
+        layer: usize,
+    ) -> std::result::Result<Self, LoadError> {
+        let path = format!("model.layers.{layer}");
+        let mlp = format!("{path}.mlp");
+        let sparse = config.moe.as_ref().filter(|moe| moe.is_sparse(layer));
+        let feed_forward = match sparse {
+            Some(moe) => FeedForward::Experts(Experts::load(config, moe, weights, &mlp)?),
+            None => {
+                let (hidden, wide) = (config.hidden, config.intermediate);
+                let mut linear = |name: &str, outputs, inputs| {
+                    Linear::load(config, weights, &format!("{mlp}.{name}"), outputs, inputs, false)
+                };
+                FeedForward::Dense {
+                    gate: linear("gate_proj", wide, hidden)?,
+                    up: linear("up_proj", wide, hidden)?,
+                    down: linear("down_proj", hidden, wide)?,
+                }
+            }
+        };
+        Ok(Self {
+            attention_norm: RmsNorm::load(
+                config,
+                weights,
+                &format!("{path}.input_layernorm"),
+                config.hidden,
+            )?,
+            attention: Attention::load(config, weights, &format!("{path}.self_attn"))?,
+            feed_forward_norm: RmsNorm::load(
+                config,
+                weights,
+                &format!("{path}.post_attention_layernorm"),
+                config.hidden,
+            )?,
+            feed_forward,
+        })
+    }
+}
+
+impl FeedForward {
+    fn forward(&self, x: &Array) -> Result<Array> {
+        match self {
+            Self::Dense { gate, up, down } => down.apply(&swiglu(&gate.apply(x)?, &up.apply(x)?)?),
+            Self::Experts(experts) => experts.forward(x),
+        }
+    }
+}

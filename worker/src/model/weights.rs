@@ -1,0 +1,318 @@
+//! Weight files: one or many safetensors, memory-mapped, one array per file, tensors as views of it.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use mlx_ext::mapped::MappedWords;
+use mlx_ext::{MappedFile, MappedTensor};
+use mlx_rs::{Array, Dtype};
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype as FileDtype, Metadata};
+use serde_json::Value;
+
+use super::{LoadError, LoadProgress};
+
+/// How the weights lie in memory, for logs and status.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Storage {
+    /// Bytes of tensors that are views of mapped files. The CPU and CUDA builds of MLX copy the files when they are
+    /// mapped; on Metal these are the files' own pages.
+    pub mapped_bytes: u64,
+    /// Bytes of tensors that were copied: read on request, or because they lie at odd addresses in their file.
+    pub copied_bytes: u64,
+}
+
+/// All tensors of a model by name, each handed out at most once.
+#[derive(Debug)]
+pub struct Weights {
+    folder: PathBuf,
+    shards: Vec<Shard>,
+    /// Tensor name to shard.
+    places: HashMap<String, usize>,
+    taken: HashSet<String>,
+    bytes: u64,
+    storage: Storage,
+}
+
+#[derive(Debug)]
+struct Shard {
+    path: PathBuf,
+    file: MappedFile,
+    /// `None` when the weights are to be read instead of mapped.
+    words: Option<MappedWords>,
+    metadata: Metadata,
+    /// First byte of the data, after the header.
+    data_start: usize,
+}
+
+const INDEX: &str = "model.safetensors.index.json";
+
+impl Weights {
+    /// Opens every weight file of `folder` and reads the headers.
+    ///
+    /// # Errors
+    ///
+    /// No weight file, one that is missing from the index's list, truncated or corrupt.
+    pub fn open(
+        folder: &Path,
+        mapped: bool,
+        progress: &mut dyn FnMut(LoadProgress),
+    ) -> Result<Self, LoadError> {
+        let files = list(folder)?;
+        let size = |path: &PathBuf| {
+            fs::metadata(path)
+                .map(|data| data.len())
+                .map_err(|error| failed(path, error))
+        };
+        let total = files.iter().map(size).sum::<Result<u64, _>>()?;
+        let mut weights = Self {
+            folder: folder.to_path_buf(),
+            shards: Vec::with_capacity(files.len()),
+            places: HashMap::new(),
+            taken: HashSet::new(),
+            bytes: total,
+            storage: Storage::default(),
+        };
+        let mut done = 0;
+        progress(LoadProgress { done, total });
+        for path in files {
+            let shard = Shard::open(path, mapped)?;
+            for name in shard.metadata.tensors().into_keys() {
+                weights.places.insert(name, weights.shards.len());
+            }
+            done += shard.file.bytes().len() as u64;
+            weights.shards.push(shard);
+            progress(LoadProgress { done, total });
+        }
+        Ok(weights)
+    }
+
+    /// Bytes of all files.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// How the tensors taken so far lie in memory.
+    #[must_use]
+    pub fn storage(&self) -> Storage {
+        self.storage
+    }
+
+    /// Whether there is a tensor of that name.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.places.contains_key(name)
+    }
+
+    /// The float tensor `name` (float32, float16 or bfloat16) of exactly that shape.
+    pub(crate) fn float(&mut self, name: &str, shape: &[i32]) -> Result<Array, LoadError> {
+        self.take(name, shape, &[FileDtype::F32, FileDtype::F16, FileDtype::BF16])
+    }
+
+    /// The tensor `name` of packed integers of exactly that shape.
+    pub(crate) fn packed(&mut self, name: &str, shape: &[i32]) -> Result<Array, LoadError> {
+        self.take(name, shape, &[FileDtype::U32])
+    }
+
+    fn take(&mut self, name: &str, shape: &[i32], types: &[FileDtype]) -> Result<Array, LoadError> {
+        let shard = self.places.get(name).and_then(|&shard| self.shards.get(shard));
+        let Some(shard) = shard else {
+            return Err(self.missing(name));
+        };
+        let (array, copied) = shard.tensor(name, shape, types)?;
+        let bytes = array.nbytes() as u64;
+        let kind = if copied {
+            &mut self.storage.copied_bytes
+        } else {
+            &mut self.storage.mapped_bytes
+        };
+        *kind += bytes;
+        self.taken.insert(name.to_owned());
+        Ok(array)
+    }
+
+    /// The error for a tensor that no file has.
+    pub(crate) fn missing(&self, name: &str) -> LoadError {
+        let file = match self.shards.as_slice() {
+            [only] => only.path.clone(),
+            _ => self.folder.clone(),
+        };
+        LoadError::Tensor {
+            file,
+            tensor: name.to_owned(),
+            reason: "missing".to_owned(),
+        }
+    }
+
+    /// Tensors that no layer asked for are legal (older files carry rotary tables, say) but worth a word.
+    pub(crate) fn log(&self) {
+        let Storage {
+            mapped_bytes,
+            copied_bytes,
+        } = self.storage;
+        tracing::info!(mapped_bytes, copied_bytes, "weights");
+        if copied_bytes > 0 && self.shards.iter().any(|shard| shard.words.is_some()) {
+            tracing::warn!(
+                copied_bytes,
+                "tensors that do not lie on a multiple of their element's size in the file were copied into memory"
+            );
+        }
+        let mut unused: Vec<&str> = self
+            .places
+            .keys()
+            .filter(|name| !self.taken.contains(*name))
+            .map(String::as_str)
+            .collect();
+        unused.sort_unstable();
+        if let Some(first) = unused.first() {
+            tracing::warn!(
+                count = unused.len(),
+                first,
+                "tensors in the weight files that the model does not use"
+            );
+        }
+    }
+}
+
+/// The files that the index names, else every `model*.safetensors`.
+fn list(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
+    let index = folder.join(INDEX);
+    if index.is_file() {
+        let text = fs::read_to_string(&index).map_err(|error| failed(&index, error))?;
+        let value: Value =
+            serde_json::from_str(&text).map_err(|error| failed(&index, format!("not JSON: {error}")))?;
+        let map = value.get("weight_map").and_then(Value::as_object);
+        let map = map.ok_or_else(|| failed(&index, "weight_map: missing or not an object"))?;
+        let mut files = BTreeSet::new();
+        for (tensor, file) in map {
+            // A file name only: an index must not reach outside its folder.
+            let name = file
+                .as_str()
+                .filter(|name| Path::new(name).file_name() == Some(name.as_ref()));
+            let name = name
+                .ok_or_else(|| failed(&index, format!("weight_map.{tensor}: {file} is not a file name")))?;
+            files.insert(folder.join(name));
+        }
+        return Ok(files.into_iter().collect());
+    }
+    let entries = fs::read_dir(folder).map_err(|error| failed(folder, error))?;
+    let mut files: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| {
+            let name = path
+                .file_name()
+                .and_then(|name| name.to_str())
+                .unwrap_or_default();
+            name.starts_with("model") && name.ends_with(".safetensors")
+        })
+        .collect();
+    files.sort();
+    if files.is_empty() {
+        return Err(failed(folder, "no model*.safetensors in this folder"));
+    }
+    Ok(files)
+}
+
+fn failed(file: &Path, reason: impl ToString) -> LoadError {
+    LoadError::File {
+        file: file.to_path_buf(),
+        reason: reason.to_string(),
+    }
+}
+
+impl Shard {
+    fn open(path: PathBuf, mapped: bool) -> Result<Self, LoadError> {
+        let file = MappedFile::open(&path).map_err(|error| failed(&path, error))?;
+        let bytes = file.bytes();
+        // Checks the header and that the file ends where the last tensor does.
+        let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| {
+            failed(
+                &path,
+                format!(
+                    "{} bytes, truncated or corrupt safetensors file: {error:?}",
+                    bytes.len()
+                ),
+            )
+        })?;
+        // Eight bytes with the header's length, then the header.
+        let data_start = header + size_of::<u64>();
+        let words = if mapped { Some(file.words()?) } else { None };
+        Ok(Self {
+            path,
+            file,
+            words,
+            metadata,
+            data_start,
+        })
+    }
+
+    /// The tensor, and whether it had to be copied.
+    fn tensor(&self, name: &str, shape: &[i32], types: &[FileDtype]) -> Result<(Array, bool), LoadError> {
+        let error = |reason| LoadError::Tensor {
+            file: self.path.clone(),
+            tensor: name.to_owned(),
+            reason,
+        };
+        let info = self
+            .metadata
+            .info(name)
+            .ok_or_else(|| error("missing".to_owned()))?;
+        if !types.contains(&info.dtype) {
+            return Err(error(format!("type {:?}, expected one of {types:?}", info.dtype)));
+        }
+        let same = info.shape.len() == shape.len()
+            && info
+                .shape
+                .iter()
+                .zip(shape)
+                .all(|(&found, &expected)| i32::try_from(found) == Ok(expected));
+        if !same {
+            return Err(error(format!("shape {:?}, expected {shape:?}", info.shape)));
+        }
+        let (dtype, element) = match info.dtype {
+            FileDtype::F32 => (Dtype::Float32, 4),
+            FileDtype::F16 => (Dtype::Float16, 2),
+            FileDtype::BF16 => (Dtype::Bfloat16, 2),
+            FileDtype::U32 => (Dtype::Uint32, 4),
+            other => return Err(error(format!("type {other:?} is not supported"))),
+        };
+        let (start, end) = info.data_offsets;
+        let (start, end) = (self.data_start + start, self.data_start + end);
+        if let Some(words) = &self.words {
+            let place = MappedTensor {
+                offset: start,
+                dtype,
+                element,
+                shape,
+            };
+            if let Some(array) = words
+                .tensor(&place)
+                .map_err(|failure| error(failure.what().to_owned()))?
+            {
+                return Ok((array, false));
+            }
+        }
+        let bytes = self
+            .file
+            .bytes()
+            .get(start..end)
+            .ok_or_else(|| error("outside its file".to_owned()))?;
+        let array = copy(bytes, dtype, element, shape).map_err(|failure| error(failure.what().to_owned()))?;
+        Ok((array, true))
+    }
+}
+
+/// An array of its own from a file's bytes, which may lie at any address.
+fn copy(bytes: &[u8], dtype: Dtype, element: usize, shape: &[i32]) -> mlx_rs::error::Result<Array> {
+    // As bytes the last axis is longer by the size of an element; `view` folds it again.
+    let mut byte_shape = shape.to_vec();
+    match byte_shape.last_mut() {
+        Some(last) => *last *= i32::try_from(element).unwrap_or(1),
+        None => byte_shape.push(i32::try_from(element).unwrap_or(1)),
+    }
+    let raw = Array::from_slice(bytes, &byte_shape);
+    mlx_ext::ops::view(&raw, dtype)?.reshape(shape)
+}
