@@ -22,6 +22,7 @@
 //!   - `format`: [`ToolFormat`] and [`Reasoning`], and how they are detected
 //!   - `reasoning`: splits `<think>…</think>` from the answer
 //!   - `hermes`: `<tool_call>…</tool_call>`
+//!   - `late_call`: a call inside of reasoning that was never closed
 //!   - `call`: one call from its JSON text
 //!   - `lenient`: the incremental JSON reader that repairs
 //!   - `tools`, `coerce`: declared parameter types, and bringing values to them
@@ -31,10 +32,10 @@ mod output;
 mod stop;
 mod template;
 
+pub use jiff::civil::DateTime;
 pub use output::{
     CallOutcome, Delivery, Delta, EndReason, MalformedReason, OutputConfig, OutputParser, ParsedOutput,
     Reasoning, ToolCall, ToolFormat, ToolSet, UnknownToolFormat,
 };
 pub use stop::StopMatcher;
-pub use jiff::civil::DateTime;
 pub use template::{ChatTemplate, Clock, ContentStyle, RenderInputs, TemplateError, system_clock};

@@ -8,7 +8,7 @@ use super::lenient::{Lenient, Step};
 use super::tools::ToolSet;
 use super::{Delivery, OutputConfig};
 
-const OPEN: &str = "<tool_call>";
+pub(crate) const OPEN: &str = "<tool_call>";
 const CLOSE: &str = "</tool_call>";
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,7 +81,8 @@ impl HermesParser {
             Mode::Object { .. } => self.finish_object(&tag, reason, out),
             Mode::Between { objects } => {
                 self.raw.push_str(&tag);
-                if objects == 0 || !tag.is_empty() {
+                // After a complete call, half a closing tag is layout.
+                if objects == 0 || !(tag.is_empty() || CLOSE.starts_with(&tag)) {
                     self.malformed(unfinished(reason, MalformedReason::Syntax), out);
                 }
             }
@@ -98,7 +99,8 @@ impl HermesParser {
     }
 
     fn finish_object(&mut self, tag: &str, reason: EndReason, out: &mut Vec<Delta>) {
-        let closes = tag.is_empty() && (reason == EndReason::Stop || self.call.has_arguments());
+        let closes = (tag.is_empty() || CLOSE.starts_with(tag))
+            && (reason == EndReason::Stop || self.call.has_arguments());
         if closes && self.reader.close_early(&mut self.call).is_ok() {
             self.complete(0, out);
             if self.mode == (Mode::Between { objects: 1 }) {
@@ -238,10 +240,8 @@ impl HermesParser {
     }
 
     fn open_tag(&mut self, out: &mut Vec<Delta>) {
-        match self.mode {
-            Mode::Object { objects, .. } => self.close_object(objects, out),
-            Mode::Broken(why) => self.malformed(why, out),
-            Mode::Text | Mode::Between { .. } => {}
+        if let Mode::Object { objects, .. } = self.mode {
+            self.close_object(objects, out);
         }
         if let Mode::Broken(why) = self.mode {
             self.malformed(why, out);

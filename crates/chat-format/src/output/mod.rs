@@ -5,6 +5,7 @@ mod coerce;
 mod delta;
 mod format;
 mod hermes;
+mod late_call;
 mod lenient;
 mod reasoning;
 mod tools;
@@ -84,7 +85,7 @@ impl OutputParser {
             ToolFormat::Hermes => Calls::Hermes(Box::new(HermesParser::new(&config))),
         };
         Self {
-            reasoning: ReasoningSplitter::new(config.reasoning),
+            reasoning: ReasoningSplitter::new(&config),
             calls,
         }
     }
@@ -104,7 +105,7 @@ impl OutputParser {
     /// The model has ended: appends what was still held back.
     pub fn finish(&mut self, reason: EndReason, deltas: &mut Vec<Delta>) {
         let mut answer = String::new();
-        self.reasoning.finish(&mut answer, deltas);
+        self.reasoning.finish(reason, &mut answer, deltas);
         self.calls.push(&answer, deltas);
         self.calls.finish(reason, deltas);
     }

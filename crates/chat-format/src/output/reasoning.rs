@@ -1,7 +1,9 @@
 //! Reasoning markup: splits `<think>…</think>` from the answer.
 
-use super::delta::{Delta, push_text};
-use super::format::Reasoning;
+use super::delta::{Delta, EndReason, push_text};
+use super::format::{Reasoning, ToolFormat};
+use super::late_call::LateCall;
+use super::{OutputConfig, hermes};
 
 const OPEN: &str = "<think>";
 const CLOSE: &str = "</think>";
@@ -29,19 +31,35 @@ pub(crate) struct ReasoningSplitter {
     space: String,
     /// The start of what may become a tag.
     tag: String,
+    late: Late,
+}
+
+/// What is known of calls inside of reasoning.
+#[derive(Debug)]
+enum Late {
+    /// They are text.
+    Off,
+    Watching(OutputConfig),
+    Reading(Box<LateCall>),
 }
 
 impl ReasoningSplitter {
-    pub(crate) fn new(reasoning: Reasoning) -> Self {
-        let mode = match reasoning {
+    pub(crate) fn new(config: &OutputConfig) -> Self {
+        let mode = match config.reasoning {
             Reasoning::Off => Mode::Answer,
             Reasoning::Outside => Mode::Start,
             Reasoning::Inside => Mode::Thinking { leading: true },
+        };
+        let late = if config.tool_format == ToolFormat::Hermes && !config.tools.is_empty() {
+            Late::Watching(config.clone())
+        } else {
+            Late::Off
         };
         Self {
             mode,
             space: String::new(),
             tag: String::new(),
+            late,
         }
     }
 
@@ -61,7 +79,16 @@ impl ReasoningSplitter {
         }
     }
 
-    pub(crate) fn finish(&mut self, answer: &mut String, out: &mut Vec<Delta>) {
+    pub(crate) fn finish(&mut self, reason: EndReason, answer: &mut String, out: &mut Vec<Delta>) {
+        if let Late::Reading(late) = std::mem::replace(&mut self.late, Late::Off) {
+            match late.finish(reason) {
+                Ok(calls) => {
+                    self.space.clear();
+                    out.extend(calls);
+                }
+                Err(raw) => self.push(&raw, answer, out),
+            }
+        }
         let space = std::mem::take(&mut self.space);
         let tag = std::mem::take(&mut self.tag);
         match self.mode {
@@ -81,9 +108,22 @@ impl ReasoningSplitter {
     }
 
     fn take(&mut self, c: char, answer: &mut String, out: &mut Vec<Delta>) {
+        if let Late::Reading(late) = &mut self.late {
+            if !late.take(c)
+                && let Late::Reading(late) = std::mem::replace(&mut self.late, Late::Off)
+            {
+                self.push(&late.into_raw(), answer, out);
+            }
+            return;
+        }
         if !self.tag.is_empty() {
             self.tag.push(c);
             let (open, close) = self.expected();
+            let call = match &self.late {
+                Late::Watching(config) if close => Some(config),
+                _ => None,
+            };
+            let starts = |may_come: bool, tag: &str| may_come && tag.starts_with(self.tag.as_str());
             if open && self.tag == OPEN {
                 self.tag.clear();
                 self.open(out);
@@ -91,9 +131,10 @@ impl ReasoningSplitter {
                 self.tag.clear();
                 self.space.clear();
                 self.mode = Mode::Closed;
-            } else if !(open && OPEN.starts_with(self.tag.as_str()))
-                && !(close && CLOSE.starts_with(self.tag.as_str()))
-            {
+            } else if let Some(config) = call.filter(|_| self.tag == hermes::OPEN) {
+                self.tag.clear();
+                self.late = Late::Reading(Box::new(LateCall::new(config)));
+            } else if !starts(open, OPEN) && !starts(close, CLOSE) && !starts(call.is_some(), hermes::OPEN) {
                 self.tag.pop();
                 let literal = std::mem::take(&mut self.tag);
                 self.text(&literal, answer, out);
