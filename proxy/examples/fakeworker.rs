@@ -15,7 +15,9 @@
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::disallowed_methods,
-    clippy::panic
+    clippy::panic,
+    clippy::zombie_processes,
+    clippy::indexing_slicing
 )]
 
 use std::convert::Infallible;
