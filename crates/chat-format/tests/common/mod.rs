@@ -6,6 +6,8 @@
     clippy::panic,
     clippy::indexing_slicing
 )]
+// Each test file uses its share.
+#![allow(dead_code)]
 
 use std::sync::Arc;
 
