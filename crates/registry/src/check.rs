@@ -41,6 +41,11 @@ fn find<'o>(object: &'o Object, name: &str) -> Option<&'o Key> {
         .find(|k| k.name == name || k.aliases.contains(&name))
 }
 
+/// Whether anybody reads this key.
+pub(crate) fn knows(object: &Object, name: &str) -> bool {
+    find(object, name).is_some()
+}
+
 fn unknown(entry: &Entry, object: &Object, path: &str, findings: &mut Findings) {
     // `x-` keys are where people keep anchors, as in compose files.
     if entry.key.starts_with("x-") || entry.key.starts_with('.') {

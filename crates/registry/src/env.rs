@@ -1,5 +1,8 @@
 //! `${env.NAME}`, replaced in the text before it is parsed, as llama-swap does: the value may be a number, a list, or
 //! part of a word. Replacements are remembered, so that findings still name the column in the file.
+//!
+//! On the same way, JSON's pairs of `\u` escapes become the one character that they stand for: it is the only thing in
+//! which JSON is not YAML.
 
 use crate::diagnostic::{Code, Findings, Pos};
 
@@ -53,7 +56,7 @@ pub(crate) fn substitute(
     let mut out = String::with_capacity(text.len());
     let mut edits = Vec::new();
     for (index, line) in text.split_inclusive('\n').enumerate() {
-        if !line.contains("${env.") {
+        if !line.contains("${env.") && !line.contains("\\ud") && !line.contains("\\uD") {
             out.push_str(line);
             continue;
         }
@@ -124,6 +127,20 @@ fn substitute_line(
             before = 'x';
             continue;
         }
+        if let Some((pair, written)) = surrogates(rest).filter(|_| quote == Quote::Double && !escaped) {
+            edits.push(Edit {
+                line: line_number,
+                column: to,
+                length: 1,
+                origin: from,
+                origin_length: 12,
+            });
+            out.push(pair);
+            (from, to) = (from + 12, to + 1);
+            rest = rest.get(written..).unwrap_or_default();
+            before = pair;
+            continue;
+        }
         match (quote, c) {
             (Quote::None, '#') if before.is_whitespace() => {
                 out.push_str(rest);
@@ -143,6 +160,20 @@ fn substitute_line(
         from += 1;
         to += 1;
     }
+}
+
+/// The character behind `\uD83D\uDE00` at the start of a text, and the bytes that it takes there.
+fn surrogates(text: &str) -> Option<(char, usize)> {
+    let unit = |at: usize| {
+        let digits = text.get(at..at + 6)?.strip_prefix("\\u")?;
+        digits
+            .bytes()
+            .all(|b| b.is_ascii_hexdigit())
+            .then(|| u16::from_str_radix(digits, 16).ok())?
+    };
+    let pair = [unit(0).filter(|u| (0xD800..0xDC00).contains(u))?, unit(6)?];
+    let character = char::decode_utf16(pair).next()?.ok()?;
+    Some((character, 12))
 }
 
 fn opens(before: char) -> bool {

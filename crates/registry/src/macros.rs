@@ -6,8 +6,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::check::join;
+use crate::check::{self, join};
 use crate::diagnostic::{Code, Findings, Pos};
+use crate::keys::{MODEL, ROOT};
 use crate::shell;
 use crate::yaml::{Data, Entry, Node};
 
@@ -37,7 +38,8 @@ pub(crate) fn expand(
         return assigned;
     };
     for Entry { key, value, .. } in entries.iter_mut() {
-        if key != "models" && key != "macros" {
+        // What nobody reads may hold anything: anchors for models, models that are switched off.
+        if key != "models" && key != "macros" && check::knows(&ROOT, key) {
             for m in globals.iter().rev() {
                 apply(value, m, key, findings);
             }
@@ -300,7 +302,11 @@ fn uses_port(cmd: Option<&Node>) -> bool {
 }
 
 fn model_leftovers(model: &Node, path: &str, findings: &mut Findings) {
-    for entry in model.entries().iter().filter(|e| e.key != "macros") {
+    for entry in model
+        .entries()
+        .iter()
+        .filter(|e| e.key != "macros" && check::knows(&MODEL, &e.key))
+    {
         if entry.key == "proxy" && uses_port(Some(&entry.value)) {
             let message = "needs ${PORT}, and `cmd` does not use it: the server would not listen there; give it \
                            ${PORT}, or say its address in `proxy`";

@@ -464,3 +464,6 @@ pub(crate) fn plain(text: &str) -> Data {
         _ => Data::Str(text.to_owned()),
     }
 }
+
+#[cfg(test)]
+mod tests;

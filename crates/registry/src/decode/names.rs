@@ -151,7 +151,10 @@ impl Names {
                 own.push(model);
             }
         }
-        bare.into_iter().filter(|(_, owners)| *owners == 1).map(|(model, _)| model).collect()
+        bare.into_iter()
+            .filter(|(_, owners)| *owners == 1)
+            .map(|(model, _)| model)
+            .collect()
     }
 
     /// The id of the model that a name stands for.
