@@ -208,7 +208,7 @@ fn letters(text: &str) -> Vec<char> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 2000, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 1000, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn cutting_makes_no_difference(
@@ -395,7 +395,7 @@ fn python(value: &Value) -> String {
     }
 }
 
-/// Time grows with the text, not with its square: four times the text takes at most eight times as long.
+/// Time grows with the text, not with its square: four times the text takes less than eight times as long.
 #[test]
 fn pushing_is_linear() {
     let measure = |size: usize| {
@@ -413,17 +413,13 @@ fn pushing_is_linear() {
             .map(|piece| piece.iter().collect())
             .collect();
         let config = config(Reasoning::Outside, Delivery::Incremental);
-        // The best of several: other processes only ever add time.
-        (0..5)
-            .map(|_| {
-                let start = std::time::Instant::now();
-                let deltas = run(&config, pieces.iter().map(String::as_str), EndReason::Stop);
-                assert!(!deltas.is_empty());
-                start.elapsed()
-            })
-            .min()
-            .unwrap()
+        let start = std::time::Instant::now();
+        assert!(!run(&config, pieces.iter().map(String::as_str), EndReason::Stop).is_empty());
+        start.elapsed()
     };
-    let (small, large) = (measure(4_000), measure(16_000));
+    // In turns, and the best of each: other processes only ever add time.
+    let rounds: Vec<_> = (0..7).map(|_| (measure(4_000), measure(16_000))).collect();
+    let small = rounds.iter().map(|round| round.0).min().unwrap();
+    let large = rounds.iter().map(|round| round.1).min().unwrap();
     assert!(large < small * 8, "{small:?} for 4000, {large:?} for 16000");
 }

@@ -194,6 +194,8 @@ fn json_without_tags() {
     assert_eq!(reply.content, "");
     let reply = parse("\n{\"name\": \"now\", \"parameters\": {}}\n{\"name\": \"now\", \"arguments\": {}}\n");
     assert_eq!(reply.tool_calls, [call(0, "now", "{}"), call(1, "now", "{}")]);
+    let reply = parse(r#"{"type": "function", "name": "now", "parameters": {}}"#);
+    assert_eq!(reply.tool_calls, [call(0, "now", "{}")]);
     // An answer in JSON is an answer: unknown function, other keys, no arguments, broken, not at the start, no tools.
     for text in [
         "{\"name\": \"Oslo\", \"arguments\": {}}",

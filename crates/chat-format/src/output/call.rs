@@ -91,7 +91,7 @@ impl Call {
     /// For a call without tags: whether it can still be a call of a declared function.
     pub(crate) fn plausible_bare(&self) -> bool {
         self.extras.is_empty()
-            && !matches!(self.route, Route::Extra(..))
+            && !matches!(&self.route, Route::Extra(key, _) if !is_envelope(key))
             && self.name.as_ref().is_none_or(|name| self.tools.contains(name))
     }
 
@@ -164,8 +164,7 @@ impl Call {
             }
             Route::ArgumentsText(text) => self.arguments_from_text(&text)?,
             Route::Extra(key, text) => {
-                // What OpenAI's own form of a call carries besides is no parameter.
-                if !matches!(key.as_str(), "type" | "id") {
+                if !is_envelope(&key) {
                     self.extras
                         .insert(key, serde_json::from_str(&text).map_err(|_| Invalid)?);
                 }
@@ -223,6 +222,11 @@ impl Call {
     fn is_parameter(&self, depth: usize) -> bool {
         depth == self.parameter_depth && matches!(self.route, Route::Arguments | Route::Parameter(..))
     }
+}
+
+/// What OpenAI's own form of a call carries beside name and arguments.
+fn is_envelope(key: &str) -> bool {
+    matches!(key, "type" | "id")
 }
 
 impl Sink for Call {
