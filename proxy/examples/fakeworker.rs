@@ -9,7 +9,7 @@
 //! `FAKE_CHATTER=n` lines on stderr at the start.
 //!
 //! Body: `{"stream":true,"events":n,"gap_ms":t,"die_after":k}` streams n events, dies after k; `{"delay_ms":t}` answers
-//! late; `{"die":true}` dies before any reply; `{"echo":true}` answers with what it received; `{"bytes":n}` answers
+//! late; `{"die":true}` dies before any reply; `{"echo":true}` (or a header `X-Echo`) answers with what it received; `{"bytes":n}` answers
 //! n bytes. A client that goes away in the middle is noted in the journal.
 #![allow(
     clippy::unwrap_used,
@@ -222,7 +222,7 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Stream>, Infallib
             "x".repeat(usize::try_from(n).unwrap()),
         )));
     }
-    let reply = if ask["echo"] == true {
+    let reply = if ask["echo"] == true || parts.headers.contains_key("x-echo") {
         let headers: Vec<Value> = parts
             .headers
             .iter()

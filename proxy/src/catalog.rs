@@ -9,6 +9,7 @@ use registry::Registry;
 
 use crate::process::Definition;
 use crate::residency;
+use crate::rewrite::Rewrite;
 use crate::upstream::Limits;
 
 /// One registry in force, with its names looked up once.
@@ -18,6 +19,8 @@ pub struct Catalog {
     pub registry: Arc<Registry>,
     names: HashMap<Box<str>, ModelId>,
     definitions: HashMap<ModelId, Arc<Definition>>,
+    /// By requested name; names that change nothing are absent.
+    rewrites: HashMap<Box<str>, Rewrite>,
 }
 
 impl Catalog {
@@ -26,10 +29,16 @@ impl Catalog {
     pub fn new(registry: Registry) -> Self {
         let mut names = HashMap::new();
         let mut definitions = HashMap::new();
+        let mut rewrites = HashMap::new();
         for (id, model) in &registry.models {
             let model_id: ModelId = id.as_str().into();
             for alias in &model.aliases {
                 names.insert(alias.as_str().into(), model_id.clone());
+            }
+            for name in model.aliases.iter().chain([id]) {
+                if let Some(rewrite) = Rewrite::new(&model.filters, model.use_model_name.as_deref(), name) {
+                    rewrites.insert(name.as_str().into(), rewrite);
+                }
             }
             let limits = Limits {
                 connect: model.timeouts.connect,
@@ -49,6 +58,7 @@ impl Catalog {
             registry: Arc::new(registry),
             names,
             definitions,
+            rewrites,
         }
     }
 
@@ -56,6 +66,12 @@ impl Catalog {
     #[must_use]
     pub fn resolve(&self, name: &str) -> Option<&ModelId> {
         self.names.get(name)
+    }
+
+    /// What is to be changed in JSON bodies that ask for this name.
+    #[must_use]
+    pub fn rewrite(&self, name: &str) -> Option<&Rewrite> {
+        self.rewrites.get(name)
     }
 
     /// The longest id or alias that `path` (without a leading slash) begins with, and what follows it: empty, or

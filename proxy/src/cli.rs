@@ -1,7 +1,7 @@
 //! Command line: llama-swap's flags with one dash or two, and the commands of our own.
 
-use std::io::Write;
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -15,9 +15,12 @@ use crate::house::House;
 use crate::http::App;
 use crate::logs::Logs;
 use crate::process::supervise;
+use crate::reload::Reloader;
 
 /// Where it listens unless told otherwise.
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:11434";
+/// Environment variable with the API key that `swapd reload` presents.
+pub const KEY_ENV: &str = "SWAPD_API_KEY";
 /// Largest request body.
 const MAX_BODY: usize = 256 << 20;
 
@@ -27,6 +30,7 @@ swapd: one address in front of many model servers
 Usage:
   swapd --config FILE [--config-dir DIR] [--listen ADDR] [--watch-config]   serve
   swapd check --config FILE [--config-dir DIR] [--lenient]                   validate, exit 0 or 1
+  swapd reload [--listen ADDR]                                               take up the file now, exit 0 or 1
   swapd --version
 
 Options (one dash or two):
@@ -44,6 +48,8 @@ pub enum Command {
     Serve(Paths, ServeOptions),
     /// Validate; whether unknown keys are forgiven.
     Check(Paths, bool),
+    /// Have the swapd at this address take up its registry.
+    Reload(String),
     /// Print the version.
     Version,
     /// Print the help.
@@ -74,7 +80,9 @@ pub struct ServeOptions {
 /// A sentence that says what is wrong.
 pub fn parse(args: &[String]) -> Result<Command, String> {
     let mut args = args.iter().peekable();
-    let check = args.next_if(|a| *a == "check").is_some();
+    let reload = args.next_if(|a| *a == "reload").is_some();
+    let check = !reload && args.next_if(|a| *a == "check").is_some();
+    let serves = !check && !reload;
     let mut paths = Paths::default();
     let mut options = ServeOptions {
         listen: DEFAULT_LISTEN.to_owned(),
@@ -97,15 +105,20 @@ pub fn parse(args: &[String]) -> Result<Command, String> {
                 .ok_or_else(|| format!("--{name} needs a value"))
         };
         match name {
-            "config" => paths.config = Some(value()?.into()),
-            "config-dir" => paths.config_dir = Some(value()?.into()),
+            "config" if !reload => paths.config = Some(value()?.into()),
+            "config-dir" if !reload => paths.config_dir = Some(value()?.into()),
             "listen" if !check => options.listen = value()?,
-            "watch-config" if !check => options.watch = boolean(name, inline)?,
+            "watch-config" if serves => options.watch = boolean(name, inline)?,
+            // The answer comes when the file is in force or refused: there is nothing more to wait for.
+            "wait" if reload => drop(boolean(name, inline)?),
             "lenient" if check => lenient = boolean(name, inline)?,
             "version" => return Ok(Command::Version),
             "h" | "help" => return Ok(Command::Help),
             _ => return Err(format!("unknown option '{arg}'")),
         }
+    }
+    if reload {
+        return Ok(Command::Reload(options.listen));
     }
     if paths.config.is_none() && paths.config_dir.is_none() {
         return Err("--config FILE or --config-dir DIR is required".to_owned());
@@ -161,6 +174,7 @@ pub fn main() -> ExitCode {
             say(HELP.trim_end());
             ExitCode::SUCCESS
         }
+        Ok(Command::Reload(listen)) => reload(&listen),
         Ok(Command::Check(paths, lenient)) => check(&paths, lenient),
         Ok(Command::Serve(paths, options)) => match serve(&paths, &options) {
             Ok(()) => ExitCode::SUCCESS,
@@ -247,8 +261,13 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |d| d.as_secs());
+        let reloader = Reloader::new(paths.clone(), house.clone());
+        if options.watch {
+            tokio::spawn(reloader.clone().watch());
+        }
         let app = Arc::new(App {
             house,
+            reloader,
             max_body: MAX_BODY,
             started_unix: now,
         });
@@ -256,6 +275,40 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
             .await
             .map_err(|e| e.to_string())
     })
+}
+
+/// Asks the swapd at `listen` to take up its registry; 0 if it did.
+fn reload(listen: &str) -> ExitCode {
+    let asked = parse_listen(listen).and_then(|address| {
+        let mut stream = TcpStream::connect(address).map_err(|e| format!("no swapd at {address}: {e}"))?;
+        let key = std::env::var(KEY_ENV).map(|k| format!("Authorization: Bearer {k}\r\n")).unwrap_or_default();
+        let request = format!(
+            "POST /api/reload HTTP/1.1\r\nHost: {address}\r\nContent-Length: 0\r\nConnection: close\r\n{key}\r\n"
+        );
+        let mut answer = String::new();
+        stream.write_all(request.as_bytes()).and_then(|()| stream.read_to_string(&mut answer)).map_err(|e| e.to_string())?;
+        Ok(answer)
+    });
+    let answer = match asked {
+        Ok(answer) => answer,
+        Err(message) => {
+            complain(&format!("swapd: {message}"));
+            return ExitCode::from(1);
+        }
+    };
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    if head.split(' ').nth(1) == Some("200") {
+        say(body);
+        return ExitCode::SUCCESS;
+    }
+    let error: serde_json::Value = serde_json::from_str(body).unwrap_or_default();
+    complain(
+        error
+            .pointer("/error/message")
+            .and_then(|m| m.as_str())
+            .unwrap_or(body),
+    );
+    ExitCode::from(1)
 }
 
 fn start_log(globals: &Globals, logs: &Logs) {

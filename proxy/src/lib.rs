@@ -9,6 +9,8 @@
 //! | `catalog`   | the registry in force, names looked up                                                         |
 //! | `residency` | the registry's groups and matrix as the lifecycle asks for them                                |
 //! | `house`     | shell around the pure `lifecycle`: events in, effects out                                      |
+//! | `reload`    | a changed registry put in force as a difference                                                |
+//! | `rewrite`   | filters: named keys of a body changed in place                                                 |
 //! | `process`   | one child: spawn, hand-shake, orders, end; the supervisor of foreign commands                  |
 //! | `upstream`  | pooled connections to one server                                                               |
 //! | `logs`      | bounded log rings and their live feed                                                          |
@@ -23,6 +25,8 @@ pub mod http;
 pub mod jsonscan;
 pub mod logs;
 pub mod process;
+pub mod reload;
 pub mod residency;
+pub mod rewrite;
 pub mod serve;
 pub mod upstream;

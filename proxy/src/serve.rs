@@ -18,7 +18,7 @@ const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
 /// Delay after a failed accept (too many open files, mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
-/// Serves until SIGTERM or SIGINT; returns when no process is left.
+/// Serves until SIGTERM or SIGINT; SIGHUP takes up the registry's file. Returns when no process is left.
 ///
 /// The first signal lets requests in flight finish, within the longest unload grace of the registry; a second one
 /// ends that grace at once.
@@ -28,12 +28,19 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub async fn serve(app: Arc<App>, listener: TcpListener) -> std::io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
+    let mut hangup = signal(SignalKind::hangup())?;
     tokio::spawn(app.house.clone().keep_time());
     let (closing, closed) = watch::channel(false);
     let accepting = tokio::spawn(accept(app.clone(), listener, closed));
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => break,
+            _ = interrupt.recv() => break,
+            _ = hangup.recv() => {
+                let app = app.clone();
+                tokio::spawn(async move { app.reloader.reload().await.map_err(drop) });
+            }
+        }
     }
     tracing::info!("shutting down");
     let _ = closing.send(true);

@@ -158,6 +158,56 @@ fn lists_and_logs() {
 }
 
 #[test]
+fn filters_change_named_keys_only() {
+    let config = "
+models:
+  m:
+    worker: {model: DIR}
+    useModelName: real
+    aliases: [a]
+    filters:
+      stripParams: 'top_k, chat_template_kwargs.x'
+      setParams: {temperature: 0.25}
+      setParamsByID: {'m:think': {reasoning: high}}
+";
+    let swapd = Swapd::start(config);
+    let sent = r#"{ "model":"NAME", "top_k" : 1,"chat_template_kwargs":{"x":1, "y":2.50}, "echo":true}"#;
+    let received = |name: &str| {
+        swapd.post("/v1/x", &sent.replace("NAME", name)).json()["body"]
+            .as_str()
+            .unwrap()
+            .to_owned()
+    };
+    let expected = r#"{ "model":"real","chat_template_kwargs":{ "y":2.50}, "echo":true,"temperature":0.25}"#;
+    assert_eq!(received("a"), expected);
+    assert_eq!(
+        received("m:think"),
+        expected.replace(r#"0.25}"#, r#"0.25,"reasoning":"high"}"#)
+    );
+    // A form keeps its parts, their headers and their order.
+    let form = "--B\r\nContent-Disposition: form-data; name=\"file\"; filename=\"a.wav\"\r\nContent-Type: audio/wav\r\n\r\nRIFF\r\n--B\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\na\r\n--B--\r\n";
+    let kind = "Content-Type: multipart/form-data; boundary=B\r\nX-Echo: 1\r\n";
+    let answer = swapd
+        .open("POST", "/v1/audio/transcriptions", kind, form)
+        .finish();
+    assert_eq!(
+        answer.json()["body"],
+        form.replace("\r\n\r\na\r\n", "\r\n\r\nreal\r\n")
+    );
+    let answer = swapd
+        .open(
+            "POST",
+            "/v1/completions",
+            "Content-Type: application/x-www-form-urlencoded\r\nX-Echo: 1\r\n",
+            "model=a&x=1",
+        )
+        .finish();
+    assert_eq!(answer.json()["body"], "model=real&x=1");
+    assert_eq!(swapd.get("/props?model=a").body, "/props?model=a");
+    assert_eq!(swapd.get("/props").status, 400);
+}
+
+#[test]
 fn concurrency_limit_is_429_with_retry_after() {
     let swapd = Swapd::start("models: {m: {worker: {model: DIR}, concurrencyLimit: 1}}");
     let mut first = swapd.chat_open("m", r#""stream":true,"events":50,"gap_ms":50"#);

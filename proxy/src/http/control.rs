@@ -60,6 +60,7 @@ pub(super) async fn answer<B>(
                 &json!({"model": &*model, "state": State::Ready.as_str()}),
             ))
         }
+        Route::Reload => reload(app).await,
         Route::Logs => Ok(text(app.house.logs.history(|_| true))),
         Route::LogStream(source) => log_stream(app, source.as_deref(), request),
         Route::Version => Ok(json_reply(
@@ -95,6 +96,19 @@ fn find(app: &App, name: &str) -> Result<ModelId, ApiError> {
         .resolve(name)
         .cloned()
         .ok_or_else(|| error::unknown_model(&catalog, name))
+}
+
+async fn reload(app: &App) -> Result<Response<Body>, ApiError> {
+    match app.reloader.reload().await {
+        Ok(diff) => Ok(json_reply(&json!({
+            "added": diff.added, "removed": diff.removed, "changed": diff.changed,
+            "retuned": diff.retuned, "unchanged": diff.unchanged,
+        }))),
+        Err(findings) => {
+            let lines: Vec<String> = findings.iter().map(ToString::to_string).collect();
+            Err(ApiError::bad_request(lines.join("\n")).with_code("bad_registry"))
+        }
+    }
 }
 
 /// History, then live lines. A reader that is too slow loses lines and is told how many.

@@ -17,8 +17,10 @@ use lifecycle::ModelId;
 use super::App;
 use super::body::{self, Body, ReadError, UpstreamBody};
 use super::error;
+use super::extract::{self, Place};
+use super::routes;
+use crate::catalog::Catalog;
 use crate::house::Lease;
-use crate::jsonscan;
 use crate::upstream;
 
 /// Headers that belong to one connection (RFC 9110, section 7.6.1), and those that hyper sets itself.
@@ -46,26 +48,65 @@ const DYING: Duration = Duration::from_millis(100);
 
 const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
-/// Forwards to the model that the JSON body names.
-pub(super) async fn by_body(
+/// Forwards to the model that the body, or without one the query, names.
+pub(super) async fn by_name(
     app: &Arc<App>,
     client: SocketAddr,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
     let (parts, incoming) = request.into_parts();
-    let body = read(app, incoming).await?;
-    let name = model_name(&body)?;
+    let (name, place, mut body) = if parts.method == http::Method::GET {
+        (
+            extract::from_query(parts.uri.query())?,
+            Place::Query,
+            Bytes::new(),
+        )
+    } else {
+        let body = read(app, incoming).await?;
+        let kind = parts
+            .headers
+            .get(header::CONTENT_TYPE)
+            .and_then(|v| v.to_str().ok())
+            .unwrap_or_default();
+        let (name, place) = extract::from_body(kind, &body)?;
+        (name, place, body)
+    };
     let catalog = app.house.catalog();
     let Some(model) = catalog.resolve(&name).cloned() else {
         return Err(error::unknown_model(&catalog, &name));
     };
+    body = filtered(&catalog, &model, &name, &place, body)?;
     drop(catalog);
     let path = parts
         .uri
         .path_and_query()
         .cloned()
         .unwrap_or_else(|| PathAndQuery::from_static("/"));
+    let path = routes::upstream_path(path);
     serve(app, client, &model, parts, path, body).await
+}
+
+/// The body as the model's server is to see it.
+fn filtered(
+    catalog: &Catalog,
+    model: &ModelId,
+    name: &str,
+    place: &Place,
+    body: Bytes,
+) -> Result<Bytes, ApiError> {
+    match (
+        place,
+        catalog.model(model).and_then(|m| m.use_model_name.as_deref()),
+    ) {
+        (Place::Json, _) => match catalog.rewrite(name) {
+            None => Ok(body),
+            Some(rewrite) => rewrite
+                .apply(&body)
+                .map_err(|e| ApiError::bad_request(format!("the body is not a JSON object (byte {})", e.at))),
+        },
+        (Place::Form(_) | Place::Encoded(_), Some(real)) => Ok(extract::replace_name(&body, place, real)),
+        _ => Ok(body),
+    }
 }
 
 /// Forwards `/upstream/{model}/{path}` to the model's own `/{path}`.
@@ -116,31 +157,6 @@ async fn read(app: &App, incoming: Incoming) -> Result<Bytes, ApiError> {
         ReadError::TooLarge(limit) => ApiError::too_large(format!("the body is larger than {limit} bytes")),
         ReadError::Broken(e) => ApiError::bad_request(format!("the body could not be read: {e}")),
     })
-}
-
-/// The top-level `model` of a JSON body.
-fn model_name(body: &Bytes) -> Result<String, ApiError> {
-    let value = jsonscan::find(body, "model").map_err(|e| {
-        ApiError::bad_request(format!(
-            "the body is not a JSON object (byte {} of {})",
-            e.at,
-            body.len()
-        ))
-    })?;
-    let token = value.and_then(|range| body.get(range));
-    let Some(token) = token else {
-        return Err(ApiError::invalid("model", "is missing"));
-    };
-    match jsonscan::string(token) {
-        Some(name) if !name.is_empty() => Ok(name.into_owned()),
-        _ => {
-            let shown: String = String::from_utf8_lossy(token).chars().take(60).collect();
-            Err(ApiError::invalid(
-                "model",
-                format!("{shown} is not the name of a model"),
-            ))
-        }
-    }
 }
 
 /// Waits for the model, sends it the request and passes the reply back.
@@ -282,13 +298,5 @@ mod tests {
             left,
             [("x-forwarded-for", "10.0.0.1, 127.0.0.1"), ("x-session-id", "s")]
         );
-    }
-
-    #[test]
-    fn bad_bodies_are_told_apart() {
-        let message = |b: &'static str| model_name(&Bytes::from_static(b.as_bytes())).unwrap_err().message;
-        assert_eq!(message("{}"), "model: is missing");
-        assert_eq!(message(r#"{"model":3}"#), "model: 3 is not the name of a model");
-        assert!(message("hello").contains("byte 0 of 5"));
     }
 }

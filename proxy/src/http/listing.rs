@@ -163,7 +163,8 @@ pub fn running(app: &App) -> Value {
         }
         rows.push(Value::Object(row));
     }
-    json!({"running": rows})
+    let registry = app.reloader.outcome();
+    json!({"running": rows, "registry": {"in_force": registry.errors.is_empty(), "errors": registry.errors}})
 }
 
 fn command_of(catalog: &Catalog, id: &str) -> (String, Option<String>) {

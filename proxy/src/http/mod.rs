@@ -3,6 +3,7 @@
 pub mod body;
 pub mod control;
 pub mod error;
+pub mod extract;
 pub mod forward;
 pub mod listing;
 pub mod routes;
@@ -18,12 +19,15 @@ use hyper::body::Incoming;
 use self::body::Body;
 use self::routes::Route;
 use crate::house::House;
+use crate::reload::Reloader;
 
 /// What every request may need.
 #[derive(Debug)]
 pub struct App {
     /// Models and processes.
     pub house: Arc<House>,
+    /// For reloads by request, and the state of the registry's file.
+    pub reloader: Arc<Reloader>,
     /// Largest request body, in bytes.
     pub max_body: usize,
     /// Unix time of the start, seconds: `created` of the models.
@@ -65,7 +69,7 @@ async fn dispatch(
         request.method()
     };
     match routes::find(method, request.uri().path()) {
-        Ok(Route::Inference) => forward::by_body(app, client, request).await,
+        Ok(Route::Inference) => forward::by_name(app, client, request).await,
         Ok(Route::Upstream) => forward::by_path(app, client, request).await,
         Ok(route) => control::answer(app, route, &request).await,
         Err(routes::NoRoute::Method(allow)) => {

@@ -1,6 +1,7 @@
 //! Paths to routes.
 
 use http::Method;
+use http::uri::PathAndQuery;
 
 /// What a path leads to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +30,8 @@ pub enum Route {
     Logs,
     /// The log's history and what follows; of one source if named.
     LogStream(Option<String>),
+    /// Take up the registry's file now.
+    Reload,
     /// Program and version.
     Version,
 }
@@ -43,7 +46,7 @@ pub enum NoRoute {
 }
 
 /// Paths outside `/v1` whose body names the model.
-const INFERENCE: [&str; 9] = [
+const INFERENCE: [&str; 7] = [
     "/reranking",
     "/rerank",
     "/infill",
@@ -51,9 +54,31 @@ const INFERENCE: [&str; 9] = [
     "/sdapi/v1/txt2img",
     "/sdapi/v1/img2img",
     "/audioapi/v1/tasks/run",
-    "/completions",
-    "/chat/completions",
 ];
+
+/// Paths below `/v`, for clients that leave the version's number out; the `/v` is not passed on.
+const BELOW_V: [&str; 8] = [
+    "chat/completions",
+    "responses",
+    "completions",
+    "messages",
+    "messages/count_tokens",
+    "embeddings",
+    "rerank",
+    "reranking",
+];
+
+/// Paths whose query names the model.
+const BY_QUERY: [&str; 3] = ["/v1/audio/voices", "/sdapi/v1/loras", "/props"];
+
+/// The path that the model's server sees.
+#[must_use]
+pub fn upstream_path(path: PathAndQuery) -> PathAndQuery {
+    let text = path.as_str();
+    let below_v = text.strip_prefix("/v").filter(|rest| rest.starts_with('/'));
+    let rest = text.strip_prefix("/audioapi").or(below_v);
+    rest.and_then(|rest| rest.parse().ok()).unwrap_or(path)
+}
 
 /// Looks a path up. `HEAD` is to be given as `GET`.
 ///
@@ -82,6 +107,7 @@ pub fn find(method: &Method, path: &str) -> Result<Route, NoRoute> {
         "/logs" => return get(Route::Logs),
         "/logs/stream" => return get(Route::LogStream(None)),
         "/api/version" => return get(Route::Version),
+        "/api/reload" => return post(Route::Reload),
         "/api/models/unload" => return post(Route::ApiUnload),
         _ => {}
     }
@@ -100,6 +126,12 @@ pub fn find(method: &Method, path: &str) -> Result<Route, NoRoute> {
     }
     if let Some(source) = rest("/logs/stream/") {
         return get(Route::LogStream(Some(decode(source))));
+    }
+    if BY_QUERY.contains(&path) && (method == Method::GET || path != "/v1/audio/voices") {
+        return get(Route::Inference);
+    }
+    if rest("/v/").is_some_and(|rest| BELOW_V.contains(&rest)) {
+        return post(Route::Inference);
     }
     if INFERENCE.contains(&path) || (rest("/v1/").is_some() && !path.ends_with('/')) {
         return post(Route::Inference);
@@ -157,6 +189,14 @@ mod tests {
         );
         assert_eq!(find(&Method::GET, "/nothing"), Err(NoRoute::Path));
         assert_eq!(find(&Method::POST, "/v1/chat/completions/"), Err(NoRoute::Path));
+        let upstream = |p: &'static str| upstream_path(PathAndQuery::from_static(p)).to_string();
+        assert_eq!(upstream("/v/embeddings?a=b"), "/embeddings?a=b");
+        assert_eq!(upstream("/audioapi/v1/tasks/run"), "/v1/tasks/run");
+        assert_eq!(upstream("/v1/messages"), "/v1/messages");
+        assert_eq!(find(&Method::GET, "/v1/audio/voices"), Ok(Route::Inference));
+        assert_eq!(find(&Method::POST, "/v1/audio/voices"), Ok(Route::Inference));
+        assert_eq!(find(&Method::POST, "/v/messages"), Ok(Route::Inference));
+        assert_eq!(find(&Method::POST, "/v/other"), Err(NoRoute::Path));
         assert_eq!(decode("a%2fb%zz%4"), "a/b%zz%4");
     }
 }

@@ -1,0 +1,201 @@
+//! Hot reload as a difference: only models whose definition changed are touched.
+//!
+//! A change is noticed by the file system's own events on the directories that the registry is in, and by a look at
+//! the files every two seconds for what sends no events (network volumes, replaced parent directories, Nix's links).
+//! What counts is the content: it is read when nothing has moved for a moment, so that a burst of edits is one reload
+//! and a half-written file is none, and it is always read again afterwards, so that the last edit wins.
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use notify::{RecursiveMode, Watcher};
+use parking_lot::Mutex;
+use registry::{Diagnostic, Options, Registry, RegistryDiff};
+use tokio::sync::{Mutex as AsyncMutex, mpsc};
+use tokio::time::{Instant, timeout_at};
+
+use crate::catalog::Catalog;
+use crate::cli::{self, Paths};
+use crate::house::House;
+
+/// Time without a further event after which the files are read.
+const SETTLE: Duration = Duration::from_millis(100);
+/// Longest time that events may go on before the files are read all the same.
+const SETTLE_LIMIT: Duration = Duration::from_secs(1);
+/// Time between two looks at the files.
+const LOOK: Duration = Duration::from_secs(2);
+
+/// How the last attempt went.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// Attempts so far, the start not counted.
+    pub attempts: u64,
+    /// What is wrong with the file as it is now; empty when the registry in force is the file's.
+    pub errors: Vec<String>,
+}
+
+/// Puts a changed registry in force.
+#[derive(Debug)]
+pub struct Reloader {
+    paths: Paths,
+    house: Arc<House>,
+    outcome: Mutex<Outcome>,
+    /// Held during a reload: one at a time, in order.
+    turn: AsyncMutex<()>,
+}
+
+impl Reloader {
+    /// A reloader of this registry's files.
+    #[must_use]
+    pub fn new(paths: Paths, house: Arc<House>) -> Arc<Self> {
+        Arc::new(Self {
+            paths,
+            house,
+            outcome: Mutex::default(),
+            turn: AsyncMutex::new(()),
+        })
+    }
+
+    /// How the last attempt went.
+    #[must_use]
+    pub fn outcome(&self) -> Outcome {
+        self.outcome.lock().clone()
+    }
+
+    /// Reads the files and puts what they say in force. A bad file leaves everything as it is.
+    ///
+    /// # Errors
+    /// Everything that is wrong with the files.
+    pub async fn reload(&self) -> Result<RegistryDiff, Vec<Diagnostic>> {
+        let _turn = self.turn.lock().await;
+        let old = self.house.catalog();
+        let options = Options {
+            keep_ports: old.registry.ports(),
+            ..Options::default()
+        };
+        let result = cli::load(&self.paths, &options);
+        let mut outcome = self.outcome.lock();
+        outcome.attempts += 1;
+        let (registry, warnings) = match result {
+            Ok(read) => read,
+            Err(errors) => {
+                outcome.errors = errors.iter().map(ToString::to_string).collect();
+                for error in &outcome.errors {
+                    tracing::error!("registry not taken up: {error}");
+                }
+                return Err(errors);
+            }
+        };
+        outcome.errors.clear();
+        drop(outcome);
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        let diff = Registry::diff(&old.registry, &registry);
+        tracing::info!(
+            added = ?diff.added, removed = ?diff.removed, restarted = ?diff.changed, retuned = ?diff.retuned,
+            unchanged = diff.unchanged.len(), "registry taken up"
+        );
+        let changed = diff.changed.iter().map(|id| id.as_str().into()).collect();
+        self.house.reload(Arc::new(Catalog::new(registry)), changed);
+        Ok(diff)
+    }
+
+    /// Follows the files for ever.
+    pub async fn watch(self: Arc<Self>) {
+        let (nudge, mut nudged) = mpsc::channel(1);
+        let watcher = notify::recommended_watcher(move |_| {
+            // Full is as good as sent: the files are read after the last event.
+            let _ = nudge.try_send(());
+        });
+        let mut watcher = watcher
+            .map_err(|error| tracing::warn!(%error, "no file events; looking every 2 s"))
+            .ok();
+        for dir in self.directories() {
+            if let Some(Err(error)) = watcher
+                .as_mut()
+                .map(|w| w.watch(&dir, RecursiveMode::NonRecursive))
+            {
+                tracing::warn!(dir = %dir.display(), %error, "no file events; looking every 2 s");
+            }
+        }
+        let mut taken = self.content();
+        let mut looks = self.looks();
+        loop {
+            let event = timeout_at(Instant::now() + LOOK, nudged.recv()).await;
+            if event.is_err() {
+                let now = self.looks();
+                if now == looks {
+                    continue;
+                }
+                looks = now;
+            }
+            let limit = Instant::now() + SETTLE_LIMIT;
+            while timeout_at((Instant::now() + SETTLE).min(limit), nudged.recv())
+                .await
+                .is_ok()
+            {
+                if Instant::now() >= limit {
+                    break;
+                }
+            }
+            // A file that is missing for a moment is no change; it will be back.
+            let Some(content) = self.content() else { continue };
+            if taken != Some(content) {
+                taken = Some(content);
+                let _ = self.reload().await;
+            }
+        }
+    }
+
+    /// The directories whose entries decide what the files are.
+    fn directories(&self) -> Vec<PathBuf> {
+        let parent = |p: &PathBuf| {
+            let absolute = std::path::absolute(p).unwrap_or_else(|_| p.clone());
+            absolute.parent().map(PathBuf::from)
+        };
+        let mut dirs: Vec<PathBuf> = self.paths.config.iter().filter_map(parent).collect();
+        dirs.extend(self.paths.config_dir.clone());
+        // A link's target may be edited in place.
+        let real = self.paths.config.iter().filter_map(|p| p.canonicalize().ok());
+        dirs.extend(real.filter_map(|p| p.parent().map(PathBuf::from)));
+        dirs.sort();
+        dirs.dedup();
+        dirs
+    }
+
+    fn files(&self) -> Option<Vec<PathBuf>> {
+        let mut files: Vec<PathBuf> = self.paths.config.iter().cloned().collect();
+        if let Some(dir) = &self.paths.config_dir {
+            let entries = std::fs::read_dir(dir).ok()?.flatten().map(|e| e.path());
+            let yaml = |p: &PathBuf| p.extension().is_some_and(|e| e == "yml" || e == "yaml");
+            let mut found: Vec<PathBuf> = entries.filter(yaml).collect();
+            found.sort();
+            files.extend(found);
+        }
+        Some(files)
+    }
+
+    /// Hash of all files' names and contents; `None` if one cannot be read now.
+    fn content(&self) -> Option<u64> {
+        let mut hasher = DefaultHasher::new();
+        for file in self.files()? {
+            std::fs::read(&file).ok()?.hash(&mut hasher);
+            file.hash(&mut hasher);
+        }
+        Some(hasher.finish())
+    }
+
+    /// Sizes and times of all files, links followed: cheap to compare.
+    fn looks(&self) -> Vec<(PathBuf, Option<(u64, SystemTime)>)> {
+        let look = |p: PathBuf| {
+            let seen = std::fs::metadata(&p)
+                .ok()
+                .and_then(|m| Some((m.len(), m.modified().ok()?)));
+            (p, seen)
+        };
+        self.files().unwrap_or_default().into_iter().map(look).collect()
+    }
+}

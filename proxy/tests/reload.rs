@@ -1,0 +1,163 @@
+//! Hot reload on the real program: only what changed is touched, the last edit wins.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::disallowed_methods
+)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::{Swapd, alive, eventually, signal};
+use nix::sys::signal::Signal;
+
+const SEC: Duration = Duration::from_secs(1);
+
+/// Two models side by side.
+fn config(ttl_a: u32, knob_b: &str) -> String {
+    format!(
+        "
+models:
+  a: {{worker: {{model: DIR, env: [JOURNAL]}}, ttl: {ttl_a}}}
+  b: {{cmd: 'FAKESERVER --port ${{PORT}} {knob_b}', env: [JOURNAL]}}
+groups: {{both: {{swap: false, members: [a, b]}}}}
+"
+    )
+}
+
+fn pid(swapd: &Swapd, model: &str) -> u64 {
+    swapd.chat(model, "").json()["pid"].as_u64().unwrap()
+}
+
+fn listed(swapd: &Swapd) -> Vec<String> {
+    let list = swapd.get("/v1/models").json();
+    list["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| m["id"].as_str().unwrap().to_owned())
+        .collect()
+}
+
+#[test]
+fn only_changed_models_are_restarted_and_requests_survive() {
+    let swapd = Swapd::start_with(&config(100, ""), &["--watch-config"]);
+    let (a, b) = (pid(&swapd, "a"), pid(&swapd, "b"));
+    let mut on_a = swapd.chat_open("a", r#""stream":true,"events":25,"gap_ms":40"#);
+    let mut on_b = swapd.chat_open("b", r#""stream":true,"events":25,"gap_ms":40"#);
+    on_a.chunk().unwrap();
+    on_b.chunk().unwrap();
+    // a is retuned, b gets another command.
+    swapd.rewrite(&config(200, "--other"));
+    eventually("b drains", 3 * SEC, || {
+        (swapd.state("b") == "draining").then_some(())
+    });
+    assert_eq!(swapd.state("a"), "ready");
+    let (on_a, on_b) = (on_a.finish(), on_b.finish());
+    assert!(on_a.complete && on_b.complete, "cut by the reload");
+    eventually("b is back", 3 * SEC, || {
+        (swapd.state("b") == "ready").then_some(())
+    });
+    assert!(!alive(b.try_into().unwrap()));
+    assert_eq!(pid(&swapd, "a"), a, "unchanged in what it runs");
+    assert_ne!(pid(&swapd, "b"), b);
+    let ttl = swapd.running().iter().find(|r| r["model"] == "a").unwrap()["ttl"].clone();
+    assert_eq!(ttl, 200);
+}
+
+#[test]
+fn a_bad_file_changes_nothing_and_is_reported() {
+    let swapd = Swapd::start_with(&config(100, ""), &["--watch-config"]);
+    let a = pid(&swapd, "a");
+    swapd.rewrite("models: {a: {cmd: [}}");
+    eventually("reported", 3 * SEC, || {
+        let errors = swapd.get("/running").json()["registry"]["errors"].clone();
+        errors
+            .as_array()
+            .unwrap()
+            .first()
+            .map(|e| assert!(e.as_str().unwrap().contains("config.yaml:")))
+    });
+    assert_eq!(pid(&swapd, "a"), a);
+    assert!(swapd.get("/logs").body.contains("registry not taken up"));
+    swapd.rewrite(&config(100, ""));
+    eventually("good again", 3 * SEC, || {
+        (swapd.get("/running").json()["registry"]["in_force"] == true).then_some(())
+    });
+    assert_eq!(pid(&swapd, "a"), a);
+}
+
+#[test]
+fn the_last_of_many_edits_wins_however_it_is_made() {
+    let swapd = Swapd::start_with(&config(100, ""), &["--watch-config"]);
+    let model = |name: &str| format!("models: {{{name}: {{worker: {{model: DIR}}}}}}");
+    for i in 0..40 {
+        let text = common::expand(&model(&format!("m{i}")), &swapd.dir);
+        match i % 3 {
+            0 => std::fs::write(&swapd.config, text).unwrap(),
+            1 => swapd.rewrite(&model(&format!("m{i}"))),
+            _ => {
+                // Gone for a moment, then half of it, then all.
+                std::fs::remove_file(&swapd.config).unwrap();
+                std::fs::write(&swapd.config, &text[..10]).unwrap();
+                std::fs::write(&swapd.config, text).unwrap();
+            }
+        }
+    }
+    eventually("the last edit", 4 * SEC, || {
+        (listed(&swapd) == ["m39"]).then_some(())
+    });
+    // As Nix does it: a link to a store path, replaced by a link to another one.
+    for name in ["store1", "store2"] {
+        let target = swapd.dir.path().join(name);
+        std::fs::create_dir(&target).unwrap();
+        std::fs::write(target.join("c.yaml"), common::expand(&model(name), &swapd.dir)).unwrap();
+        let link = swapd.dir.path().join("link");
+        std::os::unix::fs::symlink(target.join("c.yaml"), &link).unwrap();
+        std::fs::rename(&link, &swapd.config).unwrap();
+        eventually("the link's content", 4 * SEC, || {
+            (listed(&swapd) == [name]).then_some(())
+        });
+    }
+}
+
+#[test]
+fn sighup_and_command_reload_without_watching() {
+    let swapd = Swapd::start(&config(100, ""));
+    let text = "models: {new: {worker: {model: DIR}}}";
+    swapd.rewrite(text);
+    signal(swapd.child.id(), Signal::SIGHUP);
+    eventually("reloaded", 3 * SEC, || (listed(&swapd) == ["new"]).then_some(()));
+    let reload = || {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_swapd"));
+        command
+            .args(["reload", "--wait", "--listen", &swapd.address])
+            .output()
+            .unwrap()
+    };
+    swapd.rewrite("models: {newer: {worker: {model: DIR}}}");
+    let output = reload();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(listed(&swapd), ["newer"]);
+    swapd.rewrite("models: 3");
+    let output = reload();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("config.yaml:"));
+}
+
+#[test]
+fn a_removed_model_finishes_and_is_gone() {
+    let swapd = Swapd::start(&config(100, ""));
+    let mut on_b = swapd.chat_open("b", r#""stream":true,"events":15,"gap_ms":30"#);
+    on_b.chunk().unwrap();
+    swapd.rewrite("models: {a: {worker: {model: DIR, env: [JOURNAL]}}}");
+    assert_eq!(swapd.post("/api/reload", "").json()["removed"][0], "b");
+    assert_eq!(swapd.chat("b", "").status, 404);
+    assert!(on_b.finish().complete);
+    eventually("b stops", 3 * SEC, || {
+        (swapd.state("b") == "stopped").then_some(())
+    });
+}
