@@ -64,6 +64,19 @@ const GAPS: &[(&str, &str)] = &[
     ("text compared with a number", "lenient where Python raises"),
     ("sorting mixed values", "lenient where Python raises"),
     ("undefined in text", "lenient where Python raises"),
+    (
+        "looping over none",
+        "lenient where Python raises: the loop is empty",
+    ),
+    (
+        "loop.last over 'ab'",
+        "the engine does not know a string's length in a loop",
+    ),
+    ("loop.last over 'ab'|reverse", "as above"),
+    (
+        "loop.last over recs|groupby('k')",
+        "groups print as lists, not as tuples",
+    ),
 ];
 
 /// Renders one case; what differs is described.
@@ -188,6 +201,8 @@ fn odd_templates() {
         let source = case["template"].as_str().unwrap();
         match ChatTemplate::from_source(source, specials(&golden)) {
             Ok(template) => problems.extend(compare(&fixed(template), case, true)),
+            // Python refuses it, too.
+            Err(TemplateError::Syntax { .. }) if case["error"].is_string() => {}
             Err(error) => problems.push(format!("{}: {error}", case["name"])),
         }
     }
