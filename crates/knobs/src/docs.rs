@@ -44,7 +44,10 @@ pub fn help_text() -> String {
         }
     }
     out.push('\n');
-    for line in wrap(&format!("There is no draft flag: {}.", crate::SPECULATIVE_REASON), 98) {
+    for line in wrap(
+        &format!("There is no draft flag: {}.", crate::SPECULATIVE_REASON),
+        98,
+    ) {
         let _ = writeln!(out, "{line}");
     }
     out

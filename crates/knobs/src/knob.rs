@@ -258,13 +258,11 @@ impl Knob {
         let inside = match (self.kind, &value) {
             (Kind::Int { min, max }, Value::Int(i)) => (min..=max).contains(i),
             (Kind::Float { min, max }, Value::Float(x)) => x.is_finite() && (min..=max).contains(x),
-            (Kind::Enum(names), Value::Str(s)) => {
-                if names.contains(&s.as_str()) {
-                    true
-                } else {
-                    return Err(self.bad(name, s));
-                }
-            }
+            // `--log-level INFO` is as good as `info`.
+            (Kind::Enum(names), Value::Str(s)) => match names.iter().find(|n| n.eq_ignore_ascii_case(s)) {
+                Some(known) => return Ok(Value::Str((*known).to_owned())),
+                None => return Err(self.bad(name, s)),
+            },
             (Kind::Str, Value::Str(s)) => {
                 if s.trim().is_empty() {
                     return Err(self.bad(name, s));

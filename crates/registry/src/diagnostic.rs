@@ -107,13 +107,17 @@ pub(crate) struct Pos {
 pub(crate) struct Findings {
     files: Vec<Arc<str>>,
     all: Vec<Diagnostic>,
+    errors: usize,
 }
+
+/// Most errors, and most warnings, that are reported; nobody reads more, and looking for doubles takes its square.
+const MAX_FINDINGS: usize = 500;
 
 impl Findings {
     pub(crate) fn new(files: Vec<Arc<str>>) -> Self {
         Self {
             files,
-            all: Vec::new(),
+            ..Self::default()
         }
     }
 
@@ -140,8 +144,13 @@ impl Findings {
             key,
             message,
         };
-        if !self.all.contains(&found) {
+        let same_kind = match severity {
+            Severity::Error => self.errors,
+            Severity::Warning => self.all.len() - self.errors,
+        };
+        if same_kind < MAX_FINDINGS && !self.all.contains(&found) {
             self.all.push(found);
+            self.errors += usize::from(severity == Severity::Error);
         }
     }
 
@@ -151,7 +160,7 @@ impl Findings {
     }
 
     pub(crate) fn has_errors(&self) -> bool {
-        self.all.iter().any(|d| d.severity == Severity::Error)
+        self.errors > 0
     }
 
     /// Everything found, by file and place.

@@ -355,6 +355,39 @@ fn sources_must_not_contradict_each_other() {
 }
 
 #[test]
+fn a_thousand_errors_are_enough_said_with_five_hundred() {
+    let rows: Vec<String> = (0..2000).map(|i| format!("  m{i}: {{nope: 1}}\n")).collect();
+    let found = read(&format!("models:\n{}", rows.concat()), &|_| None).unwrap_err();
+    assert_eq!(
+        found.iter().filter(|d| d.severity == Severity::Error).count(),
+        500
+    );
+    assert_eq!(
+        found.iter().filter(|d| d.severity == Severity::Warning).count(),
+        500
+    );
+}
+
+#[test]
+fn every_configuration_in_configs_passes_the_check() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
+    let mut seen = 0;
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_some_and(|e| e == "yaml") {
+            let (registry, found) =
+                Registry::from_yaml(&std::fs::read_to_string(&path).unwrap(), &path).unwrap();
+            assert!(
+                !registry.models.is_empty() && !found.iter().any(|w| w.fails_check(false)),
+                "{found:?}"
+            );
+            seen += 1;
+        }
+    }
+    assert!(seen > 0);
+}
+
+#[test]
 fn a_directory_is_read_by_name_after_the_file() {
     let dir = tempfile::tempdir().unwrap();
     let write = |name: &str, text: &str| {
@@ -543,6 +576,28 @@ proptest! {
             prop_assert!(found.iter().any(|d| d.severity == Severity::Error));
             check_places(&text, &found);
         }
+    }
+
+    /// A configuration cut into two between its models says what the whole says.
+    #[test]
+    fn two_sources_say_what_one_says(sides in prop::collection::vec(any::<bool>(), 1..8), globals in any::<bool>()) {
+        let model = |i: usize| format!("  m{i}: {{cmd: 'x ${{PORT}}', aliases: [a{i}], ttl: {i}}}\n");
+        let head = "globalTTL: 5\nmacros: {k: v}\n";
+        let part = |side: bool| -> String {
+            let mine: String = sides.iter().enumerate().filter(|(_, s)| **s == side).map(|(i, _)| model(i)).collect();
+            format!("{}models:\n{mine}", if side == globals { head } else { "" })
+        };
+        let whole = format!("{head}models:\n{}", (0..sides.len()).map(model).collect::<String>());
+        let (mut one, two) = (sources(&[&whole]).unwrap(), sources(&[&part(true), &part(false)]).unwrap());
+        // The order of the models is that of the sources; everything else is the same.
+        one.models.sort_by(|a, _, b, _| two.models.get_index_of(a).cmp(&two.models.get_index_of(b)));
+        let members = |r: &Registry| match &r.routing {
+            Routing::Groups(groups) => { let mut m = groups["(default)"].members.clone(); m.sort(); m }
+            Routing::Matrix(_) => Vec::new(),
+        };
+        prop_assert_eq!(members(&one), members(&two));
+        prop_assert_eq!(one.models, two.models);
+        prop_assert_eq!(one.globals, two.globals);
     }
 
     #[test]
