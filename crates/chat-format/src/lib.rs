@@ -5,6 +5,21 @@
 //! ([`OutputParser`]), and ends at stop strings ([`StopMatcher`]). Nothing here does I/O except
 //! [`ChatTemplate::from_dir`], and nothing knows about HTTP: messages and tools are `serde_json` values.
 //!
+//! # How a server uses it
+//!
+//! Request: [`ChatTemplate::render`] gives the prompt; [`Reasoning::detect`] tells from its end whether the model starts
+//! inside of reasoning; an [`OutputConfig`] takes that, the [`ToolFormat`] (none for `tool_choice: "none"`), and the
+//! tools as a [`ToolSet`]. Reply: the detokenised text goes through a [`StopMatcher`] and then an [`OutputParser`]. The
+//! detokeniser must not drop special tokens such as `<tool_call>` and `<think>`: they are the markup.
+//!
+//! | [`Delta`] | OpenAI stream | not streamed ([`ParsedOutput`]) |
+//! |---|---|---|
+//! | `Content`, `Malformed` | `delta.content` | `content` |
+//! | `Reasoning` | `delta.reasoning_content` | `reasoning` |
+//! | `ToolCallBegin` | `delta.tool_calls[{index, id, type, function: {name, arguments: ""}}]` | `tool_calls` |
+//! | `ToolCallArguments` | `delta.tool_calls[{index, function: {arguments}}]` | |
+//! | `ToolCallEnd` | nothing; any `Complete` one makes a finish reason of `stop` to `tool_calls` | |
+//!
 //! # Layout
 //!
 //! - `template/`: Hugging Face chat templates on minijinja.

@@ -262,6 +262,19 @@ proptest! {
         prop_assert_eq!(open, None);
     }
 
+    /// A reply says the same whether its calls are delivered as they are written or whole. (Ids differ after an
+    /// announced call that turned out invalid.)
+    #[test]
+    fn delivery_makes_no_difference(text in nasty_text(), config in any_config()) {
+        let reply = |delivery| {
+            let config = OutputConfig { delivery, ..config.clone() };
+            let mut reply = ParsedOutput::from_deltas(run(&config, [text.as_str()], EndReason::Stop));
+            reply.tool_calls.iter_mut().for_each(|call| call.id.clear());
+            reply
+        };
+        prop_assert_eq!(reply(Delivery::Incremental), reply(Delivery::Whole));
+    }
+
     /// Outside of markup, every letter of the text is somewhere in the result.
     #[test]
     fn no_letter_vanishes(text in nasty_text(), config in any_config(), end in any_end()) {

@@ -114,31 +114,6 @@ fn the_start_is_read_from_the_prompt() {
 }
 
 #[test]
-fn formats_have_names() {
-    assert_eq!(
-        ToolFormat::resolve("auto", "x <tool_call> y"),
-        Ok(ToolFormat::Hermes)
-    );
-    assert_eq!(ToolFormat::resolve("auto", "x"), Ok(ToolFormat::None));
-    for name in ["hermes", "qwen", "qwen3"] {
-        assert_eq!(ToolFormat::resolve(name, "x"), Ok(ToolFormat::Hermes));
-    }
-    assert_eq!(ToolFormat::resolve("none", "<tool_call>"), Ok(ToolFormat::None));
-    assert!(
-        ToolFormat::resolve("gpt", "")
-            .unwrap_err()
-            .to_string()
-            .contains("\"gpt\"")
-    );
-    let none = OutputConfig {
-        tool_format: ToolFormat::None,
-        ..config()
-    };
-    let text = weather("{}");
-    assert_eq!(parse_as(&none, &text, EndReason::Stop).content, text);
-}
-
-#[test]
 fn a_call_in_reasoning_counts_only_at_the_very_end() {
     let now = "<tool_call>\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>";
     let config = OutputConfig {

@@ -303,3 +303,32 @@ fn a_call_that_turns_invalid_in_the_stream_is_ended_and_shown() {
         ]
     );
 }
+
+#[test]
+fn formats_have_names() {
+    assert_eq!(
+        ToolFormat::resolve("auto", "x <tool_call> y"),
+        Ok(ToolFormat::Hermes)
+    );
+    assert_eq!(ToolFormat::resolve("auto", "x"), Ok(ToolFormat::None));
+    assert_eq!(
+        ToolFormat::resolve("auto", "<tool_call>\n<function=f>"),
+        Ok(ToolFormat::None)
+    );
+    for name in ["hermes", "qwen", "qwen3"] {
+        assert_eq!(ToolFormat::resolve(name, "x"), Ok(ToolFormat::Hermes));
+    }
+    assert_eq!(ToolFormat::resolve("none", "<tool_call>"), Ok(ToolFormat::None));
+    assert!(
+        ToolFormat::resolve("gpt", "")
+            .unwrap_err()
+            .to_string()
+            .contains("\"gpt\"")
+    );
+    let none = OutputConfig {
+        tool_format: ToolFormat::None,
+        ..config()
+    };
+    let text = weather("{}");
+    assert_eq!(parse_as(&none, &text, EndReason::Stop).content, text);
+}

@@ -15,9 +15,11 @@ pub enum ToolFormat {
 }
 
 impl ToolFormat {
-    /// The format that a chat template teaches: Hermes when the template writes `<tool_call>`, else none.
+    /// The format that a chat template teaches: Hermes when the template writes `<tool_call>`, else none. Templates that
+    /// put tags instead of JSON inside of it (`<function=`: Qwen3-Coder, Qwen3.5; `<arg_key>`: GLM) teach another format.
     pub fn detect(template_source: &str) -> Self {
-        if template_source.contains("<tool_call>") {
+        let json_inside = !template_source.contains("<function=") && !template_source.contains("<arg_key>");
+        if json_inside && template_source.contains("<tool_call>") {
             Self::Hermes
         } else {
             Self::None
