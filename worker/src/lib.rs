@@ -5,8 +5,11 @@
 //! | `engine`  | the thread that owns MLX and every sequence                            |
 //! | `model`   | config.json, weights, layers: a model directory run through MLX      |
 //! | `backend` | the seam to the engine, and a scripted engine for tests               |
+//! | `http`    | the OpenAI-compatible routes over a backend                           |
+//! | `text`    | tokenizer, incremental detokeniser                                    |
 
 pub mod backend;
 pub mod engine;
+pub mod http;
 pub mod model;
 pub mod text;

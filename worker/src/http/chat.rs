@@ -1,0 +1,248 @@
+//! `POST /v1/chat/completions`.
+
+use std::sync::Arc;
+
+use api_types::ApiError;
+use api_types::openai::{
+    ChatChoice, ChatChunks, ChatCompletion, ChatLogprobs, ChatMessage, FinishReason, FunctionCall,
+    TokenLogprob, ToolCall, Usage,
+};
+use axum::extract::{Request, State};
+use axum::response::Response;
+use bytes::{Bytes, BytesMut};
+use chat_format::{Delivery, Delta, OutputConfig, OutputParser, ParsedOutput};
+use tokio::time::Instant;
+
+use super::choice::Choice;
+use super::errors::{self, Failure};
+use super::metrics::Route;
+use super::prompt::{self, ChatPrompt, LONG_BODY};
+use super::reply::{self, Chunks, Whole};
+use super::run::{Account, Run};
+use super::service::{Service, unix_seconds};
+use super::{body, random_id};
+use crate::backend::Generation;
+
+/// The route.
+pub(super) async fn handle(
+    State(service): State<Arc<Service>>,
+    request: Request,
+) -> Result<Response, Failure> {
+    let arrived = Instant::now();
+    let mut account = Account::open(&service, Route::Chat)?;
+    let prepared = match body::read(request, service.config.max_body).await {
+        Ok(body) => prepare(&service, body).await,
+        Err(error) => Err(error),
+    };
+    let opened = prepared.and_then(|prompt| {
+        let choices = submit(&service, &prompt)?;
+        Ok((prompt, choices))
+    });
+    let (prompt, choices) = opened.inspect_err(|error| account.failed(error))?;
+    let id = format!("chatcmpl-{}", random_id());
+    let (created, model, n) = (unix_seconds(), service.config.served_model.clone(), choices.len());
+    let run = Run::new(&service, account, arrived, choices, n);
+    let wants_logprobs = prompt.generate.logprobs.is_some();
+    let response = if prompt.options.stream {
+        let chunks = ChatChunks::new(&id, created, &model, prompt.options.include_usage);
+        reply::streamed(
+            &service,
+            run,
+            ChatStream {
+                chunks,
+                wants_logprobs,
+            },
+            prompt.clamped,
+        )
+        .await
+    } else {
+        let whole = ChatWhole {
+            id,
+            created,
+            model,
+            wants_logprobs,
+            choices: vec![Gathered::default(); n],
+        };
+        reply::whole(&service, run, whole, prompt.clamped).await
+    };
+    Ok(response?)
+}
+
+async fn prepare(service: &Arc<Service>, body: Bytes) -> Result<ChatPrompt, ApiError> {
+    if body.len() <= LONG_BODY {
+        return prompt::chat(service, &body);
+    }
+    let service = Arc::clone(service);
+    tokio::task::spawn_blocking(move || prompt::chat(&service, &body))
+        .await
+        .map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))?
+}
+
+fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<Choice>, ApiError> {
+    let options = &prompt.options;
+    let delivery = if options.stream {
+        Delivery::Incremental
+    } else {
+        Delivery::Whole
+    };
+    let mut choices = Vec::with_capacity(options.n);
+    for index in 0..options.n {
+        let mut request = prompt.generate.clone();
+        // Same seed, same request, same list of choices; but not the same choice n times.
+        request.sampling.seed = request.sampling.seed.map(|seed| seed.wrapping_add(index as u64));
+        let prompt_tokens = request.prompt.len();
+        let Generation { events } = service
+            .backend
+            .submit(request)
+            .map_err(|e| errors::from_submit(&e))?;
+        let parser = OutputParser::new(OutputConfig {
+            tool_format: prompt.tool_format,
+            reasoning: prompt.reasoning,
+            tools: Arc::clone(&prompt.tools),
+            delivery,
+            call_id_prefix: format!("call_{}_", random_id()),
+        });
+        choices.push(Choice::new(
+            &service.tokenizer,
+            events,
+            prompt_tokens,
+            &options.stop,
+            Some(parser),
+            &prompt.forced,
+            prompt.single_call,
+        ));
+    }
+    Ok(choices)
+}
+
+struct ChatStream {
+    chunks: ChatChunks,
+    wants_logprobs: bool,
+}
+
+impl Chunks for ChatStream {
+    fn open(&mut self, out: &mut BytesMut, choices: usize) {
+        for index in 0..choices {
+            self.chunks.role(out, index);
+        }
+    }
+
+    fn piece(
+        &mut self,
+        out: &mut BytesMut,
+        index: usize,
+        deltas: &mut Vec<Delta>,
+        logprobs: Vec<TokenLogprob>,
+        end: Option<FinishReason>,
+    ) {
+        // They go with the first chunk that can carry them.
+        let mut logprobs = self.wants_logprobs.then_some(ChatLogprobs { content: logprobs });
+        for delta in deltas.drain(..) {
+            match delta {
+                Delta::Content(text) | Delta::Malformed { text, .. } => {
+                    self.chunks.content(out, index, &text, logprobs.take().as_ref());
+                }
+                Delta::Reasoning(text) => self.chunks.reasoning(out, index, &text, logprobs.take().as_ref()),
+                Delta::ToolCallBegin {
+                    index: call,
+                    id,
+                    name,
+                    ..
+                } => {
+                    self.chunks.tool_call(out, index, call, &id, &name);
+                }
+                Delta::ToolCallArguments {
+                    index: call,
+                    fragment,
+                } => {
+                    self.chunks
+                        .tool_arguments(out, index, call, &fragment, logprobs.take().as_ref());
+                }
+                _ => {}
+            }
+        }
+        if let Some(reason) = end {
+            let rest = logprobs.filter(|rest| !rest.content.is_empty());
+            self.chunks.finish(out, index, reason, rest.as_ref());
+        }
+    }
+
+    fn close(&mut self, out: &mut BytesMut, usage: &Usage) {
+        self.chunks.usage(out, usage);
+    }
+}
+
+#[derive(Clone, Default)]
+struct Gathered {
+    deltas: Vec<Delta>,
+    logprobs: Vec<TokenLogprob>,
+    end: Option<FinishReason>,
+}
+
+struct ChatWhole {
+    id: String,
+    created: u64,
+    model: String,
+    wants_logprobs: bool,
+    choices: Vec<Gathered>,
+}
+
+impl Whole for ChatWhole {
+    type Reply = ChatCompletion;
+
+    fn piece(
+        &mut self,
+        index: usize,
+        deltas: &mut Vec<Delta>,
+        logprobs: Vec<TokenLogprob>,
+        end: Option<FinishReason>,
+    ) {
+        if let Some(choice) = self.choices.get_mut(index) {
+            choice.deltas.append(deltas);
+            choice.logprobs.extend(logprobs);
+            choice.end = end;
+        }
+    }
+
+    fn finish(self, usage: Usage) -> ChatCompletion {
+        let wants_logprobs = self.wants_logprobs;
+        let choice = |(index, gathered): (usize, Gathered)| {
+            let parsed = ParsedOutput::from_deltas(gathered.deltas);
+            let tool_calls: Vec<ToolCall> = parsed
+                .tool_calls
+                .into_iter()
+                .map(|call| ToolCall {
+                    id: call.id,
+                    kind: "function".to_owned(),
+                    function: FunctionCall {
+                        name: call.name,
+                        arguments: call.arguments,
+                    },
+                })
+                .collect();
+            let content = (!parsed.content.is_empty() || tool_calls.is_empty()).then_some(parsed.content);
+            let reasoning_content = Some(parsed.reasoning).filter(|text| !text.is_empty());
+            ChatChoice {
+                index,
+                message: ChatMessage {
+                    role: "assistant".to_owned(),
+                    content,
+                    reasoning_content,
+                    tool_calls,
+                },
+                logprobs: wants_logprobs.then_some(ChatLogprobs {
+                    content: gathered.logprobs,
+                }),
+                finish_reason: gathered.end.unwrap_or(FinishReason::Stop),
+            }
+        };
+        ChatCompletion {
+            id: self.id,
+            object: "chat.completion".to_owned(),
+            created: self.created,
+            model: self.model,
+            choices: self.choices.into_iter().enumerate().map(choice).collect(),
+            usage,
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! One reply: tokens to text, stop strings, reasoning, tool calls. Pure; events in, deltas out.
+
+use api_types::openai::{FinishReason, TokenLogprob, TopLogprob};
+use chat_format::{CallOutcome, Delta, EndReason, OutputParser, StopMatcher};
+use tokio::sync::mpsc;
+
+use crate::backend::{self, EngineError, GenerationEvent, TokenLogprobs};
+use crate::text::{Detokenizer, TextTokenizer};
+
+/// A reply on its way.
+pub(super) struct Choice {
+    /// Closed (dropped, which cancels) when the reply has ended, for whatever reason.
+    pub(super) events: Option<mpsc::Receiver<GenerationEvent>>,
+    tokenizer: TextTokenizer,
+    detokenizer: Detokenizer,
+    stops: StopMatcher,
+    /// `None` for completions: text is text.
+    parser: Option<OutputParser>,
+    single_call: bool,
+    /// What a forced call has said before the first token.
+    forced: Vec<Delta>,
+    prompt_tokens: usize,
+    cached_tokens: usize,
+    completion_tokens: usize,
+    /// Log-probabilities of tokens whose text has not been handed out.
+    logprobs: Vec<TokenLogprob>,
+    has_calls: bool,
+    ended: Option<FinishReason>,
+    /// Reused: a token's text before and after the stop strings.
+    raw: String,
+    shown: String,
+}
+
+impl Choice {
+    pub(super) fn new(
+        tokenizer: &TextTokenizer,
+        events: mpsc::Receiver<GenerationEvent>,
+        prompt_tokens: usize,
+        stops: &[String],
+        mut parser: Option<OutputParser>,
+        forced: &str,
+        single_call: bool,
+    ) -> Self {
+        let mut deltas = Vec::new();
+        if let Some(parser) = parser.as_mut().filter(|_| !forced.is_empty()) {
+            parser.push(forced, &mut deltas);
+        }
+        Self {
+            events: Some(events),
+            tokenizer: tokenizer.clone(),
+            detokenizer: tokenizer.detokenizer(),
+            stops: StopMatcher::new(stops.iter().cloned()),
+            parser,
+            single_call,
+            forced: deltas,
+            prompt_tokens,
+            cached_tokens: 0,
+            completion_tokens: 0,
+            logprobs: Vec::new(),
+            has_calls: false,
+            ended: None,
+            raw: String::new(),
+            shown: String::new(),
+        }
+    }
+
+    /// Takes the next event and appends what it means for the client. `Some` once: the reply has ended with it.
+    ///
+    /// # Errors
+    /// The engine's; the choice is over then, too.
+    pub(super) fn event(
+        &mut self,
+        event: GenerationEvent,
+        deltas: &mut Vec<Delta>,
+    ) -> Result<Option<FinishReason>, EngineError> {
+        if self.ended.is_some() {
+            return Ok(None);
+        }
+        if !matches!(
+            event,
+            GenerationEvent::Started { .. } | GenerationEvent::Failed(_)
+        ) {
+            deltas.append(&mut self.forced);
+        }
+        let first = deltas.len();
+        match event {
+            GenerationEvent::Started { cached_tokens } => self.cached_tokens = cached_tokens,
+            GenerationEvent::Token { id, logprob } => {
+                self.completion_tokens += 1;
+                if let Some(logprob) = logprob {
+                    self.logprobs.push(self.logprob(id, &logprob));
+                }
+                self.raw.clear();
+                self.detokenizer.push(id, &mut self.raw);
+                if self.show(deltas) {
+                    self.end(backend::FinishReason::Stop, deltas);
+                }
+            }
+            GenerationEvent::Finished { reason, usage } => {
+                if usage.completion_tokens == 0 {
+                    return self.fail(EngineError::Step("no token was generated".to_owned()));
+                }
+                self.cached_tokens = usage.cached_tokens;
+                self.completion_tokens = usage.completion_tokens;
+                self.raw.clear();
+                self.detokenizer.finish(&mut self.raw);
+                if !self.show(deltas) {
+                    self.shown.clear();
+                    self.stops.finish(&mut self.shown);
+                    self.parse(deltas);
+                }
+                self.end(reason, deltas);
+            }
+            GenerationEvent::Failed(error) => return self.fail(error),
+        }
+        self.watch_calls(first, deltas);
+        Ok(self.ended)
+    }
+
+    /// The channel closed without a last event.
+    pub(super) fn fail(&mut self, error: EngineError) -> Result<Option<FinishReason>, EngineError> {
+        self.events = None;
+        Err(error)
+    }
+
+    /// Tokens of prompt, cache and reply so far.
+    pub(super) fn usage(&self) -> backend::Usage {
+        backend::Usage {
+            prompt_tokens: self.prompt_tokens,
+            cached_tokens: self.cached_tokens,
+            completion_tokens: self.completion_tokens,
+        }
+    }
+
+    /// Log-probabilities that belong to the deltas given out last.
+    pub(super) fn take_logprobs(&mut self) -> Vec<TokenLogprob> {
+        std::mem::take(&mut self.logprobs)
+    }
+
+    /// Brings `raw` past the stop strings and the parser; true when a stop string was met.
+    fn show(&mut self, deltas: &mut Vec<Delta>) -> bool {
+        self.shown.clear();
+        let stopped = self.stops.push(&self.raw, &mut self.shown).is_some();
+        self.parse(deltas);
+        stopped
+    }
+
+    fn parse(&mut self, deltas: &mut Vec<Delta>) {
+        if self.shown.is_empty() {
+            return;
+        }
+        match &mut self.parser {
+            Some(parser) => parser.push(&self.shown, deltas),
+            None => deltas.push(Delta::Content(self.shown.clone())),
+        }
+    }
+
+    fn end(&mut self, reason: backend::FinishReason, deltas: &mut Vec<Delta>) {
+        self.events = None;
+        let (end, finish) = match reason {
+            backend::FinishReason::Stop => (EndReason::Stop, FinishReason::Stop),
+            backend::FinishReason::Length => (EndReason::Length, FinishReason::Length),
+        };
+        if let Some(parser) = &mut self.parser {
+            parser.finish(end, deltas);
+        }
+        self.ended = Some(finish);
+    }
+
+    /// Notes finished calls among the new deltas; ends after the first one where only one is wanted.
+    fn watch_calls(&mut self, first: usize, deltas: &mut Vec<Delta>) {
+        let complete = |delta: &Delta| {
+            matches!(
+                delta,
+                Delta::ToolCallEnd {
+                    outcome: CallOutcome::Complete,
+                    ..
+                }
+            )
+        };
+        let new = deltas.get(first..).unwrap_or_default();
+        if let Some(at) = new.iter().position(complete) {
+            self.has_calls = true;
+            if self.single_call {
+                deltas.truncate(first + at + 1);
+                self.events = None;
+                self.ended = Some(FinishReason::ToolCalls);
+            }
+        }
+        if self.has_calls && self.ended == Some(FinishReason::Stop) {
+            self.ended = Some(FinishReason::ToolCalls);
+        }
+    }
+
+    fn logprob(&self, id: u32, of: &TokenLogprobs) -> TokenLogprob {
+        let text = |id: u32| {
+            let bytes = self.tokenizer.token_bytes(id);
+            (String::from_utf8_lossy(&bytes).into_owned(), Some(bytes))
+        };
+        let (token, bytes) = text(id);
+        let top = of.top.iter().map(|(id, logprob)| {
+            let (token, bytes) = text(*id);
+            TopLogprob {
+                token,
+                logprob: *logprob,
+                bytes,
+            }
+        });
+        TokenLogprob {
+            token,
+            logprob: of.logprob,
+            bytes,
+            top_logprobs: top.collect(),
+        }
+    }
+}

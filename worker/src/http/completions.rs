@@ -1,0 +1,234 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use api_types::ApiError;
+use api_types::openai::{
+    Completion, CompletionChoice, CompletionChunks, CompletionLogprobs, FinishReason, TokenLogprob, Usage,
+};
+use axum::extract::{Request, State};
+use axum::response::Response;
+use bytes::{Bytes, BytesMut};
+use chat_format::Delta;
+use serde_json::Map;
+use tokio::time::Instant;
+
+use super::choice::Choice;
+use super::errors::{self, Failure};
+use super::metrics::Route;
+use super::prompt::{self, CompletionPrompt, LONG_BODY};
+use super::reply::{self, Chunks, Whole};
+use super::run::{Account, Run};
+use super::service::{Service, unix_seconds};
+use super::{body, random_id};
+use crate::backend::Generation;
+
+/// The route.
+pub(super) async fn handle(
+    State(service): State<Arc<Service>>,
+    request: Request,
+) -> Result<Response, Failure> {
+    let arrived = Instant::now();
+    let mut account = Account::open(&service, Route::Completions)?;
+    let prepared = match body::read(request, service.config.max_body).await {
+        Ok(body) => prepare(&service, body).await,
+        Err(error) => Err(error),
+    };
+    let opened = prepared.and_then(|prompt| {
+        let choices = submit(&service, &prompt)?;
+        Ok((prompt, choices))
+    });
+    let (prompt, choices) = opened.inspect_err(|error| account.failed(error))?;
+    let id = format!("cmpl-{}", random_id());
+    let (created, model) = (unix_seconds(), service.config.served_model.clone());
+    let wants_logprobs = prompt
+        .generate
+        .first()
+        .is_some_and(|request| request.logprobs.is_some());
+    let n = prompt.options.n;
+    let texts: Vec<Text> = (0..choices.len())
+        .map(|index| {
+            let echo = prompt
+                .echo
+                .as_ref()
+                .and_then(|texts| texts.get(index / n))
+                .cloned()
+                .unwrap_or_default();
+            Text { echo, characters: 0 }
+        })
+        .collect();
+    let run = Run::new(&service, account, arrived, choices, n);
+    let response = if prompt.options.stream {
+        let chunks = CompletionChunks::new(&id, created, &model, prompt.options.include_usage);
+        reply::streamed(
+            &service,
+            run,
+            CompletionStream {
+                chunks,
+                wants_logprobs,
+                texts,
+            },
+            prompt.clamped,
+        )
+        .await
+    } else {
+        let choices = texts
+            .into_iter()
+            .enumerate()
+            .map(|(index, text)| CompletionChoice {
+                index,
+                text: text.echo,
+                logprobs: wants_logprobs.then(CompletionLogprobs::default),
+                finish_reason: FinishReason::Stop,
+            })
+            .collect();
+        let reply = Completion {
+            id,
+            object: "text_completion".to_owned(),
+            created,
+            model,
+            choices,
+            usage: Usage::default(),
+        };
+        reply::whole(&service, run, CompletionWhole { reply }, prompt.clamped).await
+    };
+    Ok(response?)
+}
+
+async fn prepare(service: &Arc<Service>, body: Bytes) -> Result<CompletionPrompt, ApiError> {
+    if body.len() <= LONG_BODY {
+        return prompt::completion(service, &body);
+    }
+    let service = Arc::clone(service);
+    tokio::task::spawn_blocking(move || prompt::completion(&service, &body))
+        .await
+        .map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))?
+}
+
+/// `n` choices for each prompt.
+fn submit(service: &Service, prompt: &CompletionPrompt) -> Result<Vec<Choice>, ApiError> {
+    let options = &prompt.options;
+    let mut choices = Vec::with_capacity(prompt.generate.len() * options.n);
+    for generate in &prompt.generate {
+        for index in 0..options.n {
+            let mut request = generate.clone();
+            request.sampling.seed = request.sampling.seed.map(|seed| seed.wrapping_add(index as u64));
+            let prompt_tokens = request.prompt.len();
+            let Generation { events } = service
+                .backend
+                .submit(request)
+                .map_err(|e| errors::from_submit(&e))?;
+            choices.push(Choice::new(
+                &service.tokenizer,
+                events,
+                prompt_tokens,
+                &options.stop,
+                None,
+                "",
+                false,
+            ));
+        }
+    }
+    Ok(choices)
+}
+
+/// One choice's text so far.
+struct Text {
+    /// The prompt's text, when it is to be repeated and has not been yet.
+    echo: String,
+    /// Characters of the tokens so far, for `text_offset`.
+    characters: usize,
+}
+
+struct CompletionStream {
+    chunks: CompletionChunks,
+    wants_logprobs: bool,
+    texts: Vec<Text>,
+}
+
+impl Chunks for CompletionStream {
+    fn open(&mut self, _out: &mut BytesMut, _choices: usize) {}
+
+    fn piece(
+        &mut self,
+        out: &mut BytesMut,
+        index: usize,
+        deltas: &mut Vec<Delta>,
+        logprobs: Vec<TokenLogprob>,
+        end: Option<FinishReason>,
+    ) {
+        let Some(state) = self.texts.get_mut(index) else {
+            return;
+        };
+        let mut text = std::mem::take(&mut state.echo);
+        for delta in deltas.drain(..) {
+            if let Delta::Content(piece) = delta {
+                text.push_str(&piece);
+            }
+        }
+        let logprobs = self.wants_logprobs.then(|| {
+            let mut columns = CompletionLogprobs::default();
+            append_logprobs(&mut columns, &mut state.characters, logprobs);
+            columns
+        });
+        self.chunks.text(out, index, &text, logprobs.as_ref(), end);
+    }
+
+    fn close(&mut self, out: &mut BytesMut, usage: &Usage) {
+        self.chunks.usage(out, usage);
+    }
+}
+
+struct CompletionWhole {
+    reply: Completion,
+}
+
+impl Whole for CompletionWhole {
+    type Reply = Completion;
+
+    fn piece(
+        &mut self,
+        index: usize,
+        deltas: &mut Vec<Delta>,
+        logprobs: Vec<TokenLogprob>,
+        end: Option<FinishReason>,
+    ) {
+        let Some(choice) = self.reply.choices.get_mut(index) else {
+            return;
+        };
+        for delta in deltas.drain(..) {
+            if let Delta::Content(piece) = delta {
+                choice.text.push_str(&piece);
+            }
+        }
+        if let Some(columns) = &mut choice.logprobs {
+            let last = columns.tokens.last().map_or(0, |token| token.chars().count());
+            let mut characters = columns.text_offset.last().map_or(0, |offset| offset + last);
+            append_logprobs(columns, &mut characters, logprobs);
+        }
+        if let Some(reason) = end {
+            choice.finish_reason = reason;
+        }
+    }
+
+    fn finish(mut self, usage: Usage) -> Completion {
+        self.reply.usage = usage;
+        self.reply
+    }
+}
+
+/// Rows to columns.
+fn append_logprobs(columns: &mut CompletionLogprobs, characters: &mut usize, rows: Vec<TokenLogprob>) {
+    for row in rows {
+        let top: Map<_, _> = row
+            .top_logprobs
+            .into_iter()
+            .map(|top| (top.token, top.logprob.into()))
+            .collect();
+        columns.top_logprobs.push(top);
+        columns.token_logprobs.push(row.logprob);
+        columns.text_offset.push(*characters);
+        *characters += row.token.chars().count();
+        columns.tokens.push(row.token);
+    }
+}

@@ -1,0 +1,77 @@
+//! Every error's status and envelope.
+
+use api_types::ApiError;
+use axum::body::Body;
+use axum::extract::OriginalUri;
+use axum::response::{IntoResponse, Response};
+use http::{HeaderValue, Method, StatusCode, header};
+
+use crate::backend::{EngineError, SubmitError};
+
+/// An error on its way to the client.
+#[derive(Debug)]
+pub(super) struct Failure(pub(super) ApiError);
+
+impl From<ApiError> for Failure {
+    fn from(error: ApiError) -> Self {
+        Self(error)
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let Self(error) = self;
+        let status = StatusCode::from_u16(error.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let mut response = Response::new(Body::from(error.to_json()));
+        *response.status_mut() = status;
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        if let Some(seconds) = error.retry_after {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
+        }
+        if status == StatusCode::UNAUTHORIZED {
+            headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
+    }
+}
+
+/// 404.
+pub(super) async fn no_such_path(method: Method, OriginalUri(uri): OriginalUri) -> Failure {
+    ApiError::not_found(format!("there is no {method} {}", uri.path())).into()
+}
+
+/// 405.
+pub(super) async fn no_such_method(method: Method, OriginalUri(uri): OriginalUri) -> Failure {
+    ApiError::method_not_allowed(format!("{} does not take {method}", uri.path())).into()
+}
+
+/// 503: the engine is gone.
+pub(super) fn engine_dead(reason: &str) -> ApiError {
+    ApiError::unavailable("engine_dead", format!("the engine has died: {reason}"), Some(1))
+}
+
+/// Why the engine did not take a request.
+pub(super) fn from_submit(error: &SubmitError) -> ApiError {
+    match error {
+        SubmitError::TooLong { .. } => {
+            ApiError::bad_request(error.to_string()).with_code("context_length_exceeded")
+        }
+        SubmitError::NeverFits(_) => ApiError::bad_request(error.to_string()).with_code("never_fits"),
+        SubmitError::QueueFull { retry_after, .. } => {
+            ApiError::too_many_requests(error.to_string(), retry_after.as_secs().max(1))
+        }
+        SubmitError::Stopped => ApiError::unavailable("draining", error.to_string(), Some(1)),
+        SubmitError::Dead(reason) => engine_dead(reason),
+    }
+}
+
+/// Why the engine did not finish a request.
+pub(super) fn from_engine(error: &EngineError) -> ApiError {
+    match error {
+        EngineError::Step(_) => ApiError::internal(error.to_string()).with_code("generation_failed"),
+        EngineError::WaitedTooLong(_) => ApiError::unavailable("queue_timeout", error.to_string(), Some(5)),
+        EngineError::Stopped => ApiError::unavailable("draining", error.to_string(), Some(1)),
+        EngineError::Dead(reason) => engine_dead(reason),
+    }
+}

@@ -1,0 +1,71 @@
+//! The HTTP front of one model.
+//!
+//! | module        | idea                                                                              |
+//! |---------------|-----------------------------------------------------------------------------------|
+//! | `service`     | what all requests share: model, templates, limits, the backend, who is in flight   |
+//! | `auth`        | the API key                                                                       |
+//! | `body`        | reading a request's body                                                          |
+//! | `prompt`      | a checked request to token ids and sampling                                       |
+//! | `choice`      | one reply: tokens to text, stop strings, reasoning, tool calls                    |
+//! | `run`         | all replies of one request: the next event, silence, time limits, accounting      |
+//! | `reply`       | a run to a stream of events, or to one JSON object                                |
+//! | `chat`        | `/v1/chat/completions`                                                            |
+//! | `completions` | `/v1/completions`                                                                 |
+//! | `info`        | models, health, status, metrics                                                   |
+//! | `metrics`     | counters in Prometheus' format                                                    |
+//! | `errors`      | every error's status and envelope                                                 |
+//!
+//! Cancellation is dropping: a client's disconnect drops the handler or the response body, that drops the run, that
+//! drops the generations, and the engine sees closed channels on its next step.
+
+mod auth;
+mod body;
+mod chat;
+mod choice;
+mod completions;
+mod errors;
+mod info;
+mod metrics;
+mod prompt;
+mod reply;
+mod run;
+mod service;
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::sync::Arc;
+
+use axum::Router;
+use axum::routing::{get, post};
+
+pub use service::{ChatFormat, HttpConfig, Service, ServiceParts};
+
+/// All routes. Every answer that is no success carries the error envelope.
+pub fn router(service: Arc<Service>) -> Router {
+    Router::new()
+        .route("/v1/chat/completions", post(chat::handle))
+        .route("/v1/completions", post(completions::handle))
+        .route("/v1/models", get(info::models))
+        .route("/v1/models/{*id}", get(info::model))
+        .route("/status", get(info::status))
+        .route("/v1/status", get(info::status))
+        .route("/metrics", get(info::metrics))
+        .layer(axum::middleware::from_fn_with_state(
+            Arc::clone(&service),
+            auth::check,
+        ))
+        .route("/health", get(info::health))
+        .fallback(errors::no_such_path)
+        .method_not_allowed_fallback(errors::no_such_method)
+        .with_state(service)
+}
+
+/// 24 hexadecimal digits that no other request has. Unique, not secret.
+fn random_id() -> String {
+    // Each `RandomState` has keys of its own, the first ones from the operating system.
+    let random = |salt: u64| {
+        let mut hasher = RandomState::new().build_hasher();
+        hasher.write_u64(salt);
+        hasher.finish()
+    };
+    format!("{:016x}{:08x}", random(1), random(2) & 0xffff_ffff)
+}

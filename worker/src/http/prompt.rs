@@ -1,0 +1,263 @@
+//! A checked request to token ids and sampling. Pure work on text: the caller decides on which thread.
+
+use std::sync::Arc;
+
+use api_types::ApiError;
+use api_types::openai::{ChatRequest, CompletionRequest, GenerationOptions, Prompt, Sampling, ToolChoice};
+use chat_format::{Reasoning, RenderInputs, TemplateError, ToolFormat, ToolSet};
+use serde_json::Value;
+
+use super::service::{ChatFormat, Service};
+use crate::backend::{GenerateRequest, SamplingParams};
+
+/// Bodies longer than this are parsed, rendered and tokenised off the threads that serve everybody.
+pub(super) const LONG_BODY: usize = 16 << 10;
+
+/// A chat, ready to be generated.
+pub(super) struct ChatPrompt {
+    pub(super) options: GenerationOptions,
+    /// What the engine gets, once per choice.
+    pub(super) generate: GenerateRequest,
+    /// How the reply is read.
+    pub(super) tool_format: ToolFormat,
+    pub(super) reasoning: Reasoning,
+    pub(super) tools: Arc<ToolSet>,
+    /// The beginning of the reply that has been put into the prompt to force a call.
+    pub(super) forced: String,
+    /// End after the first call.
+    pub(super) single_call: bool,
+    pub(super) clamped: Option<Clamped>,
+}
+
+/// Prompts of a completion, ready to be generated.
+pub(super) struct CompletionPrompt {
+    pub(super) options: GenerationOptions,
+    /// One per prompt.
+    pub(super) generate: Vec<GenerateRequest>,
+    /// Each prompt's text, when it is to be repeated.
+    pub(super) echo: Option<Vec<String>>,
+    pub(super) clamped: Option<Clamped>,
+}
+
+/// The reply may get shorter than asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Clamped {
+    pub(super) asked: usize,
+    pub(super) allowed: usize,
+}
+
+/// `/v1/chat/completions`.
+pub(super) fn chat(service: &Service, body: &[u8]) -> Result<ChatPrompt, ApiError> {
+    let mut request = ChatRequest::parse(body)?;
+    service.check_model(request.model.as_deref())?;
+    let Some(chat) = &service.chat else {
+        return Err(ApiError::bad_request(
+            "this model has no chat template; use /v1/completions",
+        ));
+    };
+    let use_tools = !request.tools.is_empty() && request.tool_choice != ToolChoice::None;
+    let tools: &[Value] = if use_tools { &request.tools } else { &[] };
+    if !chat.template.source(use_tools).contains("developer") {
+        for message in &mut request.messages {
+            if message.get("role").and_then(Value::as_str) == Some("developer") {
+                message["role"] = "system".into();
+            }
+        }
+    }
+    let mut kwargs = chat.template_kwargs.clone();
+    kwargs.extend(std::mem::take(&mut request.template_kwargs));
+    let mut text = chat
+        .template
+        .render(&RenderInputs {
+            messages: &request.messages,
+            tools: use_tools.then_some(tools),
+            documents: None,
+            add_generation_prompt: request.add_generation_prompt,
+            kwargs: Some(&kwargs),
+        })
+        .map_err(|e| template_error(&e))?;
+    let mut reasoning = if chat.reasoning {
+        Reasoning::detect(chat.template.source(use_tools), &text)
+    } else {
+        Reasoning::Off
+    };
+    let mut forced = String::new();
+    let tool_format = match &request.tool_choice {
+        _ if !use_tools => ToolFormat::None,
+        ToolChoice::Auto if !chat.auto_tools => ToolFormat::None,
+        ToolChoice::Auto => chat.tool_format,
+        choice => {
+            forced = force_call(chat, choice)?;
+            if reasoning == Reasoning::Inside {
+                // A forced call leaves no room for thought.
+                text.push_str("\n</think>\n\n");
+            }
+            reasoning = Reasoning::Off;
+            text.push_str(&forced);
+            chat.tool_format
+        }
+    };
+    let ids = service
+        .tokenizer
+        .encode(&text, false)
+        .map_err(|e| ApiError::internal(e.to_string()))?;
+    let (generate, clamped) = generate(service, "messages", ids, &request.options, request.logprobs)?;
+    Ok(ChatPrompt {
+        tool_format,
+        reasoning,
+        tools: Arc::new(ToolSet::from_openai(tools)),
+        forced,
+        single_call: !request.parallel_tool_calls || matches!(request.tool_choice, ToolChoice::Function(_)),
+        options: request.options,
+        generate,
+        clamped,
+    })
+}
+
+/// `/v1/completions`.
+pub(super) fn completion(service: &Service, body: &[u8]) -> Result<CompletionPrompt, ApiError> {
+    let request = CompletionRequest::parse(body)?;
+    service.check_model(request.model.as_deref())?;
+    let text_error = |e: crate::text::TextError| ApiError::internal(e.to_string());
+    let echo = if request.echo {
+        let texts = request.prompts.iter().map(|prompt| match prompt {
+            Prompt::Text(text) => Ok(text.clone()),
+            Prompt::Tokens(ids) => service.tokenizer.decode(ids).map_err(text_error),
+        });
+        Some(texts.collect::<Result<Vec<_>, _>>()?)
+    } else {
+        None
+    };
+    let several = request.prompts.len() > 1;
+    let mut all = Vec::with_capacity(request.prompts.len());
+    let mut clamped = None;
+    for (i, prompt) in request.prompts.into_iter().enumerate() {
+        let field = if several {
+            format!("prompt[{i}]")
+        } else {
+            "prompt".to_owned()
+        };
+        let ids = match prompt {
+            Prompt::Text(text) => service.tokenizer.encode(&text, true).map_err(text_error)?,
+            Prompt::Tokens(ids) => ids,
+        };
+        let (one, short) = generate(service, &field, ids, &request.options, request.logprobs)?;
+        all.push(one);
+        clamped = clamped.or(short);
+    }
+    Ok(CompletionPrompt {
+        options: request.options,
+        generate: all,
+        echo,
+        clamped,
+    })
+}
+
+/// The beginning of a reply that calls a tool, in the model's own markup.
+fn force_call(chat: &ChatFormat, choice: &ToolChoice) -> Result<String, ApiError> {
+    match (chat.tool_format, choice) {
+        (ToolFormat::Hermes, ToolChoice::Function(name)) => {
+            let name = Value::from(name.as_str());
+            Ok(format!("<tool_call>\n{{\"name\": {name}, \"arguments\": "))
+        }
+        (ToolFormat::Hermes, _) => Ok("<tool_call>\n{\"name\": \"".to_owned()),
+        (format, _) => Err(ApiError::invalid(
+            "tool_choice",
+            format!("a call cannot be forced on this model: its tool-call format is {format}"),
+        )),
+    }
+}
+
+fn template_error(error: &TemplateError) -> ApiError {
+    if error.is_client_error() {
+        ApiError::invalid("messages", error.to_string()).with_code("chat_template")
+    } else {
+        ApiError::internal(error.to_string())
+    }
+}
+
+/// Checks ids and lengths, fills in defaults.
+fn generate(
+    service: &Service,
+    field: &str,
+    prompt: Vec<u32>,
+    options: &GenerationOptions,
+    logprobs: Option<usize>,
+) -> Result<(GenerateRequest, Option<Clamped>), ApiError> {
+    let (info, config) = (service.backend.info(), &service.config);
+    let vocab_size = info.vocab_size;
+    let known = |id: u32| (id as usize) < vocab_size;
+    if prompt.is_empty() {
+        return Err(ApiError::invalid(field, "has no tokens"));
+    }
+    if let Some(id) = prompt.iter().find(|id| !known(**id)) {
+        return Err(ApiError::invalid(
+            field,
+            format!("token id {id} is not below the vocabulary size of {vocab_size}"),
+        ));
+    }
+    for (name, id) in options
+        .sampling
+        .logit_bias
+        .iter()
+        .map(|(id, _)| ("logit_bias", id))
+        .chain(options.stop_token_ids.iter().map(|id| ("stop_token_ids", id)))
+    {
+        if !known(*id) {
+            return Err(ApiError::invalid(
+                name,
+                format!("token id {id} is not below the vocabulary size of {vocab_size}"),
+            ));
+        }
+    }
+    let room = info.context_length.saturating_sub(prompt.len());
+    if room == 0 {
+        return Err(ApiError::invalid(
+            field,
+            format!(
+                "has {} tokens, which leaves no room for a reply in the context length of {} tokens",
+                prompt.len(),
+                info.context_length
+            ),
+        )
+        .with_code("context_length_exceeded"));
+    }
+    let asked = options.max_tokens;
+    let max_tokens = asked
+        .unwrap_or(config.default_max_tokens)
+        .min(config.max_request_tokens)
+        .min(room);
+    let clamped = asked.filter(|asked| *asked > max_tokens).map(|asked| Clamped {
+        asked,
+        allowed: max_tokens,
+    });
+    let mut stop_tokens = config.eos_tokens.clone();
+    for id in &options.stop_token_ids {
+        if !stop_tokens.contains(id) {
+            stop_tokens.push(*id);
+        }
+    }
+    let request = GenerateRequest {
+        prompt,
+        max_tokens,
+        sampling: sampling(&options.sampling, &config.sampling),
+        stop_tokens,
+        ignore_eos: options.ignore_eos,
+        logprobs,
+    };
+    Ok((request, clamped))
+}
+
+fn sampling(asked: &Sampling, default: &SamplingParams) -> SamplingParams {
+    SamplingParams {
+        temperature: asked.temperature.unwrap_or(default.temperature),
+        top_p: asked.top_p.unwrap_or(default.top_p),
+        top_k: asked.top_k.unwrap_or(default.top_k),
+        min_p: asked.min_p.unwrap_or(default.min_p),
+        repetition_penalty: asked.repetition_penalty.unwrap_or(default.repetition_penalty),
+        presence_penalty: asked.presence_penalty.unwrap_or(default.presence_penalty),
+        frequency_penalty: asked.frequency_penalty.unwrap_or(default.frequency_penalty),
+        logit_bias: asked.logit_bias.clone(),
+        seed: asked.seed,
+    }
+}

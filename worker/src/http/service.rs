@@ -1,0 +1,226 @@
+//! What all requests share.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use api_types::ApiError;
+use chat_format::{ChatTemplate, ToolFormat};
+use serde_json::{Map, Value};
+use tokio::sync::watch;
+
+use super::errors;
+use super::metrics::Metrics;
+use crate::backend::{Backend, EngineState, SamplingParams};
+use crate::text::TextTokenizer;
+
+/// How chats are written and read.
+#[derive(Debug)]
+pub struct ChatFormat {
+    /// The model's own template.
+    pub template: ChatTemplate,
+    /// Markup of tool calls; [`ToolFormat::None`] for a model that knows none.
+    pub tool_format: ToolFormat,
+    /// Take reasoning out of the text.
+    pub reasoning: bool,
+    /// Parse tool calls when a request brings tools and leaves the choice to the model.
+    pub auto_tools: bool,
+    /// Variables for the template, under the request's own.
+    pub template_kwargs: Map<String, Value>,
+}
+
+/// Limits and defaults of the HTTP layer.
+#[derive(Debug, Clone)]
+pub struct HttpConfig {
+    /// The model's name in the API.
+    pub served_model: String,
+    /// Further names that requests may use for it.
+    pub aliases: Vec<String>,
+    /// Whatever name a request uses is this model's: a proxy has chosen already.
+    pub any_model: bool,
+    /// Key that requests must carry.
+    pub api_key: Option<String>,
+    /// Length of a reply when the request does not say.
+    pub default_max_tokens: usize,
+    /// Longest reply that may be asked for; larger wishes are clamped.
+    pub max_request_tokens: usize,
+    /// Sampling when the request does not say.
+    pub sampling: SamplingParams,
+    /// The model's end-of-sequence ids.
+    pub eos_tokens: Vec<u32>,
+    /// Silence after which a comment is sent, and the wait before a stream's headers go out without a token.
+    pub keep_alive: Duration,
+    /// Silence of request and engine after which a request is given up.
+    pub silence_limit: Duration,
+    /// Longest wait for a place.
+    pub queue_limit: Duration,
+    /// Time without a step, with requests running, after which the worker no longer calls itself healthy.
+    pub stall_limit: Duration,
+    /// Largest body, in bytes.
+    pub max_body: usize,
+    /// Serve `/metrics`.
+    pub metrics: bool,
+}
+
+impl Default for HttpConfig {
+    /// For tests: the knobs' defaults, greedy.
+    fn default() -> Self {
+        Self {
+            served_model: "model".to_owned(),
+            aliases: Vec::new(),
+            any_model: false,
+            api_key: None,
+            default_max_tokens: 8192,
+            max_request_tokens: 8192,
+            sampling: SamplingParams::greedy(),
+            eos_tokens: Vec::new(),
+            keep_alive: Duration::from_secs(5),
+            silence_limit: Duration::from_secs(300),
+            queue_limit: Duration::from_secs(300),
+            stall_limit: Duration::from_secs(60),
+            max_body: 64 << 20,
+            metrics: true,
+        }
+    }
+}
+
+/// What a [`Service`] is made of.
+pub struct ServiceParts {
+    /// Limits and defaults.
+    pub config: HttpConfig,
+    /// The model's tokenizer.
+    pub tokenizer: TextTokenizer,
+    /// `None` for a model without a chat template, which serves completions only.
+    pub chat: Option<ChatFormat>,
+    /// The engine.
+    pub backend: Arc<dyn Backend>,
+}
+
+/// The shared state of the HTTP layer.
+pub struct Service {
+    pub(super) config: HttpConfig,
+    pub(super) tokenizer: TextTokenizer,
+    pub(super) chat: Option<ChatFormat>,
+    pub(super) backend: Arc<dyn Backend>,
+    pub(super) metrics: Metrics,
+    /// Seconds since 1970 at the start; the model's `created`.
+    pub(super) created: u64,
+    pub(super) started: Instant,
+    engine: watch::Receiver<EngineState>,
+    draining: AtomicBool,
+    in_flight: watch::Sender<usize>,
+}
+
+impl Service {
+    /// Puts the parts together.
+    #[must_use]
+    pub fn new(parts: ServiceParts) -> Arc<Self> {
+        let ServiceParts {
+            config,
+            tokenizer,
+            chat,
+            backend,
+        } = parts;
+        Arc::new(Self {
+            config,
+            tokenizer,
+            chat,
+            engine: backend.state(),
+            backend,
+            metrics: Metrics::default(),
+            created: unix_seconds(),
+            started: Instant::now(),
+            draining: AtomicBool::new(false),
+            in_flight: watch::Sender::new(0),
+        })
+    }
+
+    /// Refuses requests from now on with 503; those that are in flight go on.
+    pub fn drain(&self) {
+        self.draining.store(true, Relaxed);
+    }
+
+    /// Whether [`Self::drain`] has been called.
+    #[must_use]
+    pub fn is_draining(&self) -> bool {
+        self.draining.load(Relaxed)
+    }
+
+    /// Requests that have not been answered to the end.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        *self.in_flight.borrow()
+    }
+
+    /// Returns when no request is in flight.
+    pub async fn idle(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.in_flight.subscribe().wait_for(|n| *n == 0).await;
+    }
+
+    /// Counts a request in, unless none is taken any more.
+    pub(super) fn enter(self: &Arc<Self>) -> Result<InFlight, ApiError> {
+        if let EngineState::Dead(reason) = &*self.engine.borrow() {
+            return Err(errors::engine_dead(reason));
+        }
+        // Counted before the look at the flag, so that a drain that saw zero has seen this one refused.
+        self.in_flight.send_modify(|n| *n += 1);
+        let guard = InFlight {
+            service: Arc::clone(self),
+        };
+        if self.is_draining() {
+            return Err(ApiError::unavailable(
+                "draining",
+                "this worker is shutting down and takes no new requests",
+                Some(1),
+            ));
+        }
+        Ok(guard)
+    }
+
+    /// Why the engine is dead, if it is.
+    pub(super) fn death(&self) -> Option<String> {
+        match &*self.engine.borrow() {
+            EngineState::Running => None,
+            EngineState::Dead(reason) => Some(reason.clone()),
+        }
+    }
+
+    /// Whether a request for this model name is for us.
+    ///
+    /// # Errors
+    /// 404 with the name that would do.
+    pub(super) fn check_model(&self, name: Option<&str>) -> Result<(), ApiError> {
+        let served = &self.config.served_model;
+        match name {
+            Some(name)
+                if !self.config.any_model
+                    && name != served
+                    && !self.config.aliases.iter().any(|a| a == name) =>
+            {
+                Err(ApiError::model_not_found(format!(
+                    "model: {name:?} is not served here; {served:?} is"
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// One request in flight, as long as this lives.
+pub(super) struct InFlight {
+    service: Arc<Service>,
+}
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.service.in_flight.send_modify(|n| *n = n.saturating_sub(1));
+    }
+}
+
+/// Seconds since 1970.
+pub(super) fn unix_seconds() -> u64 {
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |d| d.as_secs())
+}
