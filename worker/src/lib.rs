@@ -6,10 +6,12 @@
 //! | `model`   | config.json, weights, layers: a model directory run through MLX      |
 //! | `backend` | the seam to the engine, and a scripted engine for tests               |
 //! | `http`    | the OpenAI-compatible routes over a backend                           |
+//! | `serve`   | `mlxworker serve`: start-up, control socket, shutdown                 |
 //! | `text`    | tokenizer, incremental detokeniser                                    |
 
 pub mod backend;
 pub mod engine;
 pub mod http;
 pub mod model;
+pub mod serve;
 pub mod text;

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use super::errors;
 use super::metrics::Metrics;
-use crate::backend::{Backend, EngineState, SamplingParams};
+use crate::backend::{Backend, EngineState, EngineStats, SamplingParams};
 use crate::text::TextTokenizer;
 
 /// How chats are written and read.
@@ -156,6 +156,29 @@ impl Service {
     pub async fn idle(&self) {
         // The sender lives as long as `self`.
         let _ = self.in_flight.subscribe().wait_for(|n| *n == 0).await;
+    }
+
+    /// The model's name in the API.
+    #[must_use]
+    pub fn served_model(&self) -> &str {
+        &self.config.served_model
+    }
+
+    /// Whether the engine lives.
+    #[must_use]
+    pub fn engine_state(&self) -> watch::Receiver<EngineState> {
+        self.engine.clone()
+    }
+
+    /// The engine's numbers.
+    #[must_use]
+    pub fn engine_stats(&self) -> EngineStats {
+        self.backend.stats()
+    }
+
+    /// Ends the engine; what still runs gets an error.
+    pub fn stop_engine(&self) {
+        self.backend.stop();
     }
 
     /// Counts a request in, unless none is taken any more.

@@ -1,0 +1,193 @@
+//! A model's directory and the knobs to what the HTTP layer needs.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use chat_format::{ChatTemplate, TemplateError, ToolFormat};
+use knobs::{Knobs, ParsedArgs, fallback};
+
+use crate::backend::{Backend, SamplingParams};
+use crate::http::{ChatFormat, HttpConfig, ServiceParts};
+use crate::text::{GenerationDefaults, TextTokenizer};
+
+/// Everything about text, read from the model's directory while the weights load.
+pub(super) struct Text {
+    tokenizer: TextTokenizer,
+    chat: Option<ChatFormat>,
+    config: HttpConfig,
+}
+
+impl Text {
+    /// `supervised`: a proxy has chosen the model already, whatever name the request has for it.
+    pub(super) fn load(args: &ParsedArgs, folder: &Path, supervised: bool) -> Result<Self> {
+        let knobs = &args.knobs;
+        let tokenizer = TextTokenizer::load(folder)?;
+        let defaults = GenerationDefaults::load(folder)?;
+        let mut eos_tokens = defaults.eos_token_ids.clone();
+        if let Some(eos) = tokenizer.eos().filter(|eos| !eos_tokens.contains(eos)) {
+            eos_tokens.push(eos);
+        }
+        if eos_tokens.is_empty() {
+            tracing::warn!(
+                "no end-of-sequence token in generation_config.json, config.json or tokenizer_config.json: replies end at their length limit only"
+            );
+        }
+        let served_model = knobs
+            .served_model_name
+            .clone()
+            .unwrap_or_else(|| served_name(&args.model));
+        let config = HttpConfig {
+            aliases: vec![args.model.clone(), "default".to_owned()],
+            any_model: supervised,
+            served_model,
+            api_key: knobs.api_key.clone(),
+            default_max_tokens: usize::try_from(knobs.max_tokens).unwrap_or(usize::MAX),
+            max_request_tokens: usize::try_from(knobs.max_request_tokens).unwrap_or(usize::MAX),
+            sampling: sampling(knobs, &defaults),
+            eos_tokens,
+            silence_limit: Duration::from_secs_f64(knobs.timeout),
+            queue_limit: Duration::from_secs_f64(knobs.max_wait_seconds),
+            metrics: knobs.enable_metrics,
+            ..HttpConfig::default()
+        };
+        Ok(Self {
+            chat: chat_format(knobs, folder)?,
+            tokenizer,
+            config,
+        })
+    }
+
+    /// With the engine.
+    pub(super) fn into_parts(self, backend: Arc<dyn Backend>) -> Result<ServiceParts> {
+        let rows = backend.info().vocab_size;
+        if let Some(id) = self.config.eos_tokens.iter().find(|id| **id as usize >= rows) {
+            bail!("end-of-sequence token {id} is not below the model's vocabulary size of {rows}");
+        }
+        Ok(ServiceParts {
+            config: self.config,
+            tokenizer: self.tokenizer,
+            chat: self.chat,
+            backend,
+        })
+    }
+}
+
+/// A path's last part; a hub id as it is.
+fn served_name(model: &str) -> String {
+    let path = Path::new(model);
+    match path.file_name().and_then(|name| name.to_str()) {
+        Some(name) if path.is_dir() => name.to_owned(),
+        // Such as `.`: the directory's real name.
+        None if path.is_dir() => std::fs::canonicalize(path)
+            .ok()
+            .and_then(|path| Some(path.file_name()?.to_str()?.to_owned()))
+            .unwrap_or_else(|| model.to_owned()),
+        _ => model.to_owned(),
+    }
+}
+
+fn chat_format(knobs: &Knobs, folder: &Path) -> Result<Option<ChatFormat>> {
+    let template = match ChatTemplate::from_dir(folder) {
+        Ok(template) => template,
+        Err(e @ TemplateError::Missing(_)) => {
+            tracing::warn!("{e}: /v1/chat/completions will be refused");
+            return Ok(None);
+        }
+        Err(e) => return Err(e).with_context(|| format!("the chat template in {}", folder.display())),
+    };
+    let tool_format = ToolFormat::resolve(&knobs.tool_call_parser, template.source(true))
+        .with_context(|| format!("--tool-call-parser {}", knobs.tool_call_parser))?;
+    let reasoning = match knobs.reasoning_parser.as_str() {
+        "none" => false,
+        // All of these write <think>...</think>.
+        "auto" | "qwen3" | "deepseek_r1" | "glm4" => true,
+        other => bail!(
+            "--reasoning-parser {other}: not available yet; there are: auto, qwen3, deepseek_r1, glm4, none"
+        ),
+    };
+    Ok(Some(ChatFormat {
+        template,
+        tool_format,
+        reasoning,
+        auto_tools: knobs.enable_auto_tool_choice,
+        template_kwargs: knobs.default_chat_template_kwargs.clone().unwrap_or_default(),
+    }))
+}
+
+/// Knob, else the model's own, else the fallback.
+fn sampling(knobs: &Knobs, model: &GenerationDefaults) -> SamplingParams {
+    #[allow(clippy::cast_possible_truncation)] // single precision is what is computed with
+    let single = |x: f64| x as f32;
+    let top_k = |k: u64| usize::try_from(k).unwrap_or(usize::MAX);
+    SamplingParams {
+        temperature: knobs
+            .default_temperature
+            .map(single)
+            .or(model.temperature)
+            .unwrap_or(single(fallback::TEMPERATURE)),
+        top_p: knobs
+            .default_top_p
+            .map(single)
+            .or(model.top_p)
+            .unwrap_or(single(fallback::TOP_P)),
+        top_k: knobs
+            .default_top_k
+            .map(top_k)
+            .or(model.top_k)
+            .unwrap_or(top_k(fallback::TOP_K)),
+        min_p: knobs
+            .default_min_p
+            .map(single)
+            .or(model.min_p)
+            .unwrap_or(single(fallback::MIN_P)),
+        repetition_penalty: knobs
+            .default_repetition_penalty
+            .map(single)
+            .or(model.repetition_penalty)
+            .unwrap_or(single(fallback::REPETITION_PENALTY)),
+        presence_penalty: single(knobs.default_presence_penalty),
+        frequency_penalty: single(knobs.default_frequency_penalty),
+        logit_bias: Vec::new(),
+        seed: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sampling_prefers_the_knob_then_the_model() {
+        let model = GenerationDefaults {
+            temperature: Some(0.6),
+            top_k: Some(20),
+            ..GenerationDefaults::default()
+        };
+        let knobs = Knobs {
+            default_temperature: Some(0.1),
+            ..Knobs::default()
+        };
+        let resolved = sampling(&knobs, &model);
+        assert_eq!(
+            (resolved.temperature, resolved.top_k, resolved.top_p),
+            (0.1, 20, 0.9)
+        );
+        assert_eq!(sampling(&Knobs::default(), &model).temperature, 0.6);
+        assert_eq!(
+            sampling(&Knobs::default(), &GenerationDefaults::default()).temperature,
+            0.7
+        );
+    }
+
+    #[test]
+    fn a_path_is_served_under_its_last_part() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("my-model");
+        std::fs::create_dir(&folder).unwrap();
+        assert_eq!(served_name(folder.to_str().unwrap()), "my-model");
+        assert_eq!(served_name(&format!("{}/", folder.display())), "my-model");
+        assert_eq!(served_name("org/name"), "org/name");
+    }
+}
