@@ -205,12 +205,16 @@ fn json_without_tags() {
         "{\"name\": \"now\", \"arguments\": {]",
         "{\"name\": \"now\", \"arguments\": ",
         "{",
+        "{\"</tool_",
         "See: {\"name\": \"now\", \"arguments\": {}}",
         "{\"a\": <b>}",
     ] {
         let reply = parse(text);
         assert_eq!((reply.tool_calls.len(), reply.content.as_str()), (0, text));
     }
+    // Once it is text, tags in it are tags again.
+    let reply = parse("{\"<tool_call>\u{e9}");
+    assert_eq!(reply.content, "{\"<tool_call>\u{e9}");
     let no_tools = OutputConfig {
         tools: Arc::default(),
         ..config()

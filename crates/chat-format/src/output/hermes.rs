@@ -74,10 +74,12 @@ impl HermesParser {
     }
 
     pub(crate) fn finish(&mut self, reason: EndReason, out: &mut Vec<Delta>) {
+        if let Mode::Object { bare: true, .. } = self.mode {
+            self.not_a_bare_call(out);
+        }
         let tag = std::mem::take(&mut self.tag);
         match self.mode {
             Mode::Text => self.text(&tag, out),
-            Mode::Object { bare: true, .. } => self.not_a_bare_call(out),
             Mode::Object { .. } => self.finish_object(&tag, reason, out),
             Mode::Between { objects } => {
                 self.raw.push_str(&tag);
@@ -206,8 +208,10 @@ impl HermesParser {
         if c == '<' && !self.reader.in_string() {
             if bare {
                 self.not_a_bare_call(out);
+                self.take(c, out);
+            } else {
+                self.tag.push(c);
             }
-            self.tag.push(c);
             return;
         }
         self.raw.push(c);
