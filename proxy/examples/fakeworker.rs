@@ -5,7 +5,7 @@
 //!
 //! Environment: `FAKE_START_MS` delay before it is ready; `FAKE_IGNORE_TERM=1` neither SIGTERM nor a stop order ends it;
 //! `FAKE_FAIL=text` writes the text to stderr and exits 3 instead of getting ready; `FAKE_JOURNAL=file` one line per
-//! event (start, ready, stop, gone); `FAKE_FORK=1` leaves a child that ignores SIGTERM in a session of its own;
+//! event (start, ready, stop, gone, late, disconnect); `FAKE_FORK=1` leaves a child that ignores SIGTERM in a session of its own;
 //! `FAKE_CHATTER=n` lines on stderr at the start.
 //!
 //! Body: `{"stream":true,"events":n,"gap_ms":t,"die_after":k}` streams n events, dies after k; `{"delay_ms":t}` answers
@@ -197,6 +197,7 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Stream>, Infallib
         die();
     }
     if let Some(ms) = number("delay_ms") {
+        journal("late");
         tokio::time::sleep(Duration::from_millis(ms)).await;
     }
     if ask["stream"] == true {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use lifecycle::{Abandoned, Config, Fairness, ModelId, Policy};
+use regex::Regex;
 use registry::Registry;
 
 use crate::process::Definition;
@@ -19,6 +20,8 @@ pub struct Catalog {
     pub registry: Arc<Registry>,
     names: HashMap<Box<str>, ModelId>,
     definitions: HashMap<ModelId, Arc<Definition>>,
+    /// Paths below `/upstream` that never start a model.
+    ignored: Vec<Regex>,
     /// By requested name; names that change nothing are absent.
     rewrites: HashMap<Box<str>, Rewrite>,
 }
@@ -54,7 +57,15 @@ impl Catalog {
         }
         // A model's own id wins over any alias.
         names.extend(definitions.keys().map(|id| (Box::from(&**id), id.clone())));
+        // The registry has checked the patterns.
+        let ignored = registry
+            .globals
+            .ignore_paths
+            .iter()
+            .filter_map(|p| Regex::new(p).ok())
+            .collect();
         Self {
+            ignored,
             registry: Arc::new(registry),
             names,
             definitions,
@@ -72,6 +83,12 @@ impl Catalog {
     #[must_use]
     pub fn rewrite(&self, name: &str) -> Option<&Rewrite> {
         self.rewrites.get(name)
+    }
+
+    /// Whether a request for this path below `/upstream` never starts a model.
+    #[must_use]
+    pub fn never_starts(&self, path: &str) -> bool {
+        self.ignored.iter().any(|p| p.is_match(path))
     }
 
     /// The longest id or alias that `path` (without a leading slash) begins with, and what follows it: empty, or

@@ -10,6 +10,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use registry::{Code, Diagnostic, Globals, LogLevel, LogTo, Options, Registry, Severity};
 use tracing_subscriber::filter::LevelFilter;
 
+use crate::activity::Activity;
 use crate::catalog::Catalog;
 use crate::house::House;
 use crate::http::App;
@@ -246,9 +247,8 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::bind(address).await;
         let listener = listener.map_err(|e| format!("cannot listen on {address}: {e}"))?;
-        let address = listener.local_addr().map_err(|e| e.to_string())?;
-        tracing::info!("listening on http://{address}");
         let preload = registry.globals.preload.clone();
+        let rows = registry.globals.metrics_max_in_memory;
         let house = House::new(Arc::new(Catalog::new(registry)), logs);
         for name in preload {
             let house = house.clone();
@@ -265,7 +265,9 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
         if options.watch {
             tokio::spawn(reloader.clone().watch());
         }
+        let activity = Activity::new(rows);
         let app = Arc::new(App {
+            activity,
             house,
             reloader,
             max_body: MAX_BODY,

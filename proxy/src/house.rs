@@ -33,6 +33,17 @@ pub struct StateChange {
     pub state: State,
 }
 
+/// Starts and ends of a model's processes.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Loads {
+    /// Times that it became ready.
+    pub ready: u64,
+    /// Time that this took, in all.
+    pub time: Duration,
+    /// Processes that have ended.
+    pub exits: u64,
+}
+
 /// All models and their processes.
 #[derive(Debug)]
 pub struct House {
@@ -53,6 +64,7 @@ struct Inner {
     slots: HashMap<RequestId, Slot>,
     processes: HashMap<Instance, Arc<Process>>,
     unloads: HashMap<Ticket, oneshot::Sender<()>>,
+    loads: HashMap<ModelId, Loads>,
     effects: Vec<Effect>,
     /// When the timer fires next.
     armed: Option<u64>,
@@ -97,6 +109,13 @@ impl Wire {
         let mut inner = self.inner.lock();
         inner.cut = Some(reason);
         if let Some(task) = &inner.task {
+            task.abort();
+        }
+    }
+
+    /// Closes the connection, if there is one.
+    pub fn abort(&self) {
+        if let Some(task) = &self.inner.lock().task {
             task.abort();
         }
     }
@@ -158,6 +177,7 @@ impl House {
             slots: HashMap::new(),
             processes: HashMap::new(),
             unloads: HashMap::new(),
+            loads: HashMap::new(),
             effects: Vec::new(),
             armed: None,
             empty: false,
@@ -334,6 +354,17 @@ impl House {
             .collect()
     }
 
+    /// Starts and ends of every model that has been started.
+    #[must_use]
+    pub fn loads(&self) -> Vec<(ModelId, Loads)> {
+        self.inner
+            .lock()
+            .loads
+            .iter()
+            .map(|(m, l)| (m.clone(), *l))
+            .collect()
+    }
+
     /// Feeds time to the core. Runs as long as the proxy.
     pub async fn keep_time(self: Arc<Self>) {
         loop {
@@ -366,7 +397,10 @@ impl House {
         let event = match report {
             Report::Progress => Event::Progress(model, instance),
             Report::Ready(pool, prefix) => {
-                let ms = u64::try_from(process.spawned.elapsed().as_millis()).unwrap_or(u64::MAX);
+                let time = process.spawned.elapsed();
+                let ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+                let loads = inner.loads.entry(model.clone()).or_default();
+                (loads.ready, loads.time) = (loads.ready + 1, loads.time + time);
                 tracing::info!(%model, ms, "ready");
                 let _ = process.upstream.set((pool, prefix));
                 Event::Ready(model, instance)
@@ -374,6 +408,7 @@ impl House {
             Report::Exited(failure) => {
                 tracing::info!(%model, "{}", failure.message);
                 inner.processes.remove(&instance);
+                inner.loads.entry(model.clone()).or_default().exits += 1;
                 Event::Exited(model, instance, failure)
             }
         };

@@ -13,11 +13,14 @@
 //! | `rewrite`   | filters: named keys of a body changed in place                                                 |
 //! | `process`   | one child: spawn, hand-shake, orders, end; the supervisor of foreign commands                  |
 //! | `upstream`  | pooled connections to one server                                                               |
+//! | `activity`  | requests in flight, the last finished ones, counters per model                                 |
+//! | `usage`     | token counts from a reply on its way through                                                   |
 //! | `logs`      | bounded log rings and their live feed                                                          |
 //!
 //! Everything runs on one thread: a request costs no hop between threads, and children are spawned from the main
 //! thread, which Linux's parent-death signal needs.
 
+pub mod activity;
 pub mod catalog;
 pub mod cli;
 pub mod house;
@@ -30,3 +33,4 @@ pub mod residency;
 pub mod rewrite;
 pub mod serve;
 pub mod upstream;
+pub mod usage;

@@ -10,10 +10,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use notify::{RecursiveMode, Watcher};
-use parking_lot::Mutex;
+use notify::event::{AccessKind, AccessMode};
+use notify::{Event, EventKind, RecursiveMode, Watcher};
 use registry::{Diagnostic, Options, Registry, RegistryDiff};
-use tokio::sync::{Mutex as AsyncMutex, mpsc};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::{Instant, timeout_at};
 
 use crate::catalog::Catalog;
@@ -41,9 +41,9 @@ pub struct Outcome {
 pub struct Reloader {
     paths: Paths,
     house: Arc<House>,
-    outcome: Mutex<Outcome>,
+    outcome: watch::Sender<Outcome>,
     /// Held during a reload: one at a time, in order.
-    turn: AsyncMutex<()>,
+    turn: Mutex<()>,
 }
 
 impl Reloader {
@@ -53,15 +53,21 @@ impl Reloader {
         Arc::new(Self {
             paths,
             house,
-            outcome: Mutex::default(),
-            turn: AsyncMutex::new(()),
+            outcome: watch::Sender::new(Outcome::default()),
+            turn: Mutex::new(()),
         })
     }
 
     /// How the last attempt went.
     #[must_use]
     pub fn outcome(&self) -> Outcome {
-        self.outcome.lock().clone()
+        self.outcome.borrow().clone()
+    }
+
+    /// Changes of it.
+    #[must_use]
+    pub fn outcomes(&self) -> watch::Receiver<Outcome> {
+        self.outcome.subscribe()
     }
 
     /// Reads the files and puts what they say in force. A bad file leaves everything as it is.
@@ -76,20 +82,20 @@ impl Reloader {
             ..Options::default()
         };
         let result = cli::load(&self.paths, &options);
-        let mut outcome = self.outcome.lock();
-        outcome.attempts += 1;
         let (registry, warnings) = match result {
             Ok(read) => read,
             Err(errors) => {
-                outcome.errors = errors.iter().map(ToString::to_string).collect();
-                for error in &outcome.errors {
-                    tracing::error!("registry not taken up: {error}");
+                let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
+                for line in &lines {
+                    tracing::error!("registry not taken up: {line}");
                 }
+                self.outcome
+                    .send_modify(|o| (o.attempts, o.errors) = (o.attempts + 1, lines));
                 return Err(errors);
             }
         };
-        outcome.errors.clear();
-        drop(outcome);
+        self.outcome
+            .send_modify(|o| (o.attempts, o.errors) = (o.attempts + 1, Vec::new()));
         for warning in warnings {
             tracing::warn!("{warning}");
         }
@@ -106,7 +112,13 @@ impl Reloader {
     /// Follows the files for ever.
     pub async fn watch(self: Arc<Self>) {
         let (nudge, mut nudged) = mpsc::channel(1);
-        let watcher = notify::recommended_watcher(move |_| {
+        let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
+            // Reading, this program's own included, changes nothing.
+            let read =
+                |kind| matches!(kind, EventKind::Access(a) if a != AccessKind::Close(AccessMode::Write));
+            if event.is_ok_and(|e| read(e.kind)) {
+                return;
+            }
             // Full is as good as sent: the files are read after the last event.
             let _ = nudge.try_send(());
         });

@@ -29,6 +29,8 @@ pub async fn serve(app: Arc<App>, listener: TcpListener) -> std::io::Result<()> 
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
+    // Whoever reads this line may send signals.
+    tracing::info!("listening on http://{}", listener.local_addr()?);
     tokio::spawn(app.house.clone().keep_time());
     let (closing, closed) = watch::channel(false);
     let accepting = tokio::spawn(accept(app.clone(), listener, closed));

@@ -97,8 +97,8 @@ impl Pool {
 
     /// Sends a request and returns the head of the reply with the connection that its body comes over.
     ///
-    /// A request that fails on a used connection before any byte of a reply is sent once more over a new one: the
-    /// server may just have closed the idle connection.
+    /// A request that could not be written to a used connection goes out over a new one: the server had just closed the
+    /// idle connection. What has been written may have been acted upon, and is never sent twice.
     ///
     /// `on_conn` is told the task whose abort closes the connection, before anything is sent.
     ///
@@ -137,7 +137,8 @@ impl Pool {
             // The body is shared, not copied.
             match conn.sender.send_request(request.clone()).await {
                 Ok(response) => return Ok((response, conn)),
-                Err(e) if e.is_canceled() || e.is_incomplete_message() || is_reset(&e) => break,
+                // Not sent at all: the server had closed the idle connection.
+                Err(e) if e.is_canceled() => break,
                 Err(e) => return Err(Error::Broken(e)),
             }
         }
@@ -206,16 +207,6 @@ impl Pool {
             task: task.abort_handle(),
         })
     }
-}
-
-fn is_reset(e: &hyper::Error) -> bool {
-    let io = std::error::Error::source(e).and_then(|s| s.downcast_ref::<std::io::Error>());
-    io.is_some_and(|io| {
-        matches!(
-            io.kind(),
-            std::io::ErrorKind::ConnectionReset | std::io::ErrorKind::BrokenPipe
-        )
-    })
 }
 
 /// A pool shared by the requests of one process.

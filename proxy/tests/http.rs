@@ -285,3 +285,153 @@ fn a_bad_registry_or_command_line_does_not_serve() {
     assert_eq!(run(&["-version"]).status.code(), Some(0));
     assert_eq!(run(&["--config", "/does/not/exist"]).status.code(), Some(1));
 }
+
+#[test]
+fn api_keys_open_and_close_models() {
+    let config = "
+apiKeys: [whole, {key: part, models: [a]}]
+models:
+  a: {worker: {model: DIR}}
+  b: {worker: {model: DIR}}
+";
+    let swapd = Swapd::start(config);
+    let ask = |method: &str, path: &str, key: &str, body: &str| {
+        let header = if key.is_empty() {
+            String::new()
+        } else {
+            format!("Authorization: Bearer {key}\r\n")
+        };
+        swapd.open(method, path, &header, body).finish()
+    };
+    let chat = |model: &str, key: &str| {
+        ask("POST", "/v1/chat/completions", key, &common::chat_body(model, "")).status
+    };
+    let refused = ask("GET", "/v1/models", "", "");
+    assert_eq!(
+        (refused.status, refused.header("www-authenticate")),
+        (401, Some("Basic realm=\"swapd\""))
+    );
+    assert_eq!(
+        (
+            chat("a", "wrong"),
+            chat("a", "part"),
+            chat("b", "part"),
+            chat("b", "whole")
+        ),
+        (401, 200, 403, 200)
+    );
+    let listed = |key: &str| {
+        ask("GET", "/v1/models", key, "").json()["data"]
+            .as_array()
+            .unwrap()
+            .len()
+    };
+    assert_eq!((listed("whole"), listed("part")), (2, 1));
+    assert_eq!(ask("GET", "/unload", "part", "").status, 403);
+    assert_eq!(ask("GET", "/upstream/b/x", "part", "").status, 403);
+    assert_eq!(ask("GET", "/health", "", "").status, 200);
+    assert_eq!(ask("OPTIONS", "/v1/models", "", "").status, 204);
+}
+
+#[test]
+fn metrics_and_activity_count_what_was_served() {
+    let swapd = Swapd::start(ONE);
+    swapd.chat("short", "");
+    swapd.chat("short", r#""stream":true,"events":3"#);
+    swapd.chat("short", r#""die":true"#);
+    let page = swapd.get("/metrics").body;
+    for line in [
+        "swapd_requests_total{model=\"org/m\",code=\"200\"} 2",
+        "swapd_requests_total{model=\"org/m\",code=\"502\"} 1",
+        "swapd_tokens_total{model=\"org/m\",kind=\"prompt\"} 7",
+        "swapd_model_load_seconds_count{model=\"org/m\"} 1",
+        "swapd_time_to_first_byte_seconds_count{model=\"org/m\"} 2",
+    ] {
+        assert!(page.contains(line), "no {line} in {page}");
+    }
+    let rows = swapd
+        .get("/api/metrics/activity?model=org/m&sort=id&order=asc&limit=2")
+        .json();
+    assert_eq!(
+        (rows["total"].as_u64(), rows["total_pages"].as_u64()),
+        (Some(3), Some(2))
+    );
+    let first = &rows["data"][0];
+    assert_eq!(
+        (
+            first["resp_status_code"].as_u64(),
+            first["tokens"]["input_tokens"].as_i64()
+        ),
+        (Some(200), Some(7))
+    );
+    assert_eq!(rows["data"][1]["tokens"]["output_tokens"], -1);
+    assert_eq!(swapd.get("/api/metrics/activity?limit=0").status, 400);
+    let stats = swapd.get("/api/metrics/stats").json();
+    assert_eq!(
+        (
+            stats["total_requests"].as_u64(),
+            stats["total_output_tokens"].as_u64()
+        ),
+        (Some(3), Some(1))
+    );
+}
+
+#[test]
+fn events_tell_states_requests_and_logs() {
+    let swapd = Swapd::start(ONE);
+    let mut events = swapd.open("GET", "/api/events", "", "");
+    let mut seen = String::new();
+    let mut until = |seen: &mut String, wanted: &str| {
+        while !seen.contains(wanted) {
+            seen.push_str(&events.chunk().unwrap().unwrap());
+        }
+    };
+    until(&mut seen, "snapshot");
+    assert!(
+        seen.starts_with("event:message\ndata:{\"type\":\"logData\""),
+        "{seen}"
+    );
+    swapd.chat("short", "");
+    for wanted in ["starting", "ready", "upsert", "remove", "\"activity\""] {
+        until(&mut seen, wanted);
+    }
+}
+
+#[test]
+fn a_running_request_can_be_cancelled() {
+    let swapd = Swapd::start("models: {m: {worker: {model: DIR, env: [JOURNAL]}}}");
+    let mut stream = swapd.chat_open("m", r#""stream":true,"events":100,"gap_ms":10000"#);
+    stream.chunk().unwrap();
+    assert_eq!(swapd.post("/api/inflight/1/cancel", "").status, 200);
+    let stream = stream.finish();
+    assert!(
+        !stream.complete && stream.body.contains("\"code\":\"cancelled\""),
+        "{stream:?}"
+    );
+    common::eventually("noticed", std::time::Duration::from_secs(1), || {
+        (!swapd.journalled("disconnect").is_empty()).then_some(())
+    });
+    assert_eq!(swapd.post("/api/inflight/1/cancel", "").status, 404);
+}
+
+#[test]
+fn connections_to_the_model_are_used_again() {
+    let swapd = Swapd::start(ONE);
+    swapd.chat("short", "");
+    let pid = swapd.running()[0]["pid"].clone();
+    let sockets = |pid: &serde_json::Value| {
+        let files = std::fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+        files
+            .filter(|f| {
+                std::fs::read_link(f.path()).is_ok_and(|l| l.to_string_lossy().starts_with("socket:"))
+            })
+            .count()
+    };
+    let before = sockets(&pid);
+    for more in ["", r#""stream":true"#, r#""bytes":100000"#, r#""echo":true"#] {
+        for _ in 0..10 {
+            assert!(swapd.chat("short", more).complete);
+        }
+    }
+    assert_eq!(sockets(&pid), before);
+}

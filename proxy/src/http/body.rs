@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
+use api_types::error::ApiError;
 use bytes::{Bytes, BytesMut};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt;
@@ -10,6 +11,7 @@ use hyper::body::Incoming;
 use lifecycle::CutReason;
 use tokio::sync::mpsc;
 
+use crate::activity::Trace;
 use crate::house::Lease;
 use crate::upstream::Conn;
 
@@ -106,7 +108,7 @@ impl HttpBody for Body {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Full(bytes) => bytes.is_empty(),
-            Self::Upstream(body) => matches!(&body.state, Flow::Open(i, _) if i.is_end_stream()),
+            Self::Upstream(body) => matches!(body.state, Flow::Done),
             Self::Channel(_) => false,
         }
     }
@@ -116,7 +118,8 @@ impl HttpBody for Body {
             Self::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Self::Upstream(body) => match &body.state {
                 Flow::Open(incoming, _) => incoming.size_hint(),
-                _ => SizeHint::default(),
+                Flow::Done => SizeHint::with_exact(0),
+                Flow::Flushing | Flow::Broken => SizeHint::default(),
             },
             Self::Channel(_) => SizeHint::default(),
         }
@@ -129,6 +132,7 @@ impl HttpBody for Body {
 pub struct UpstreamBody {
     state: Flow,
     lease: Option<Lease>,
+    trace: Trace,
     /// The reply is a stream of server-sent events: an error can be told in it.
     events: bool,
     /// The last bytes ended an event.
@@ -147,10 +151,11 @@ enum Flow {
 impl UpstreamBody {
     /// Passes `incoming` through.
     #[must_use]
-    pub fn new(incoming: Incoming, conn: Conn, lease: Lease, events: bool) -> Self {
+    pub fn new(incoming: Incoming, conn: Conn, lease: Lease, trace: Trace, events: bool) -> Self {
         let mut body = Self {
             state: Flow::Open(incoming, conn),
             lease: Some(lease),
+            trace,
             events,
             between_events: true,
         };
@@ -174,10 +179,13 @@ impl UpstreamBody {
         };
         match ready!(Pin::new(incoming).poll_frame(cx)) {
             Some(Ok(frame)) => {
-                if self.events
-                    && let Some(data) = frame.data_ref()
-                {
+                if let Some(data) = frame.data_ref() {
+                    self.trace.piece(data);
                     self.between_events = data.ends_with(b"\n\n") || data.ends_with(b"\r\n\r\n");
+                }
+                // A body of known length is not asked for more after its last byte.
+                if matches!(&self.state, Flow::Open(incoming, _) if incoming.is_end_stream()) {
+                    self.finish();
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
@@ -191,6 +199,7 @@ impl UpstreamBody {
 
     /// The reply is complete: the connection may serve again.
     fn finish(&mut self) {
+        self.trace.complete();
         if let Flow::Open(_, conn) = std::mem::replace(&mut self.state, Flow::Done)
             && let Some(lease) = self.lease.take()
             && let Some((pool, _)) = lease.upstream()
@@ -202,17 +211,9 @@ impl UpstreamBody {
     fn break_off(&mut self, error: &hyper::Error) -> Result<Frame<Bytes>, Broken> {
         let lease = self.lease.take();
         let cut = lease.as_ref().and_then(|l| l.wire.why_cut());
-        let model = lease
-            .as_ref()
-            .map(|l| l.process.model.clone())
-            .unwrap_or_else(|| "".into());
-        tracing::warn!(%model, ?cut, %error, "reply broken off");
-        if !self.events {
-            self.state = Flow::Broken;
-            return Err(Broken);
-        }
-        self.state = Flow::Flushing;
+        let model = &self.trace.running.model;
         let (code, message) = match cut {
+            _ if self.trace.running.is_cancelled() => ("cancelled", "the request was cancelled".to_owned()),
             None => (
                 "upstream_died",
                 format!("the server of model '{model}' died in the middle of its reply"),
@@ -223,7 +224,14 @@ impl UpstreamBody {
             ),
             Some(CutReason::ShuttingDown) => ("shutting_down", "the proxy is shutting down".to_owned()),
         };
-        let error = api_types::error::ApiError::internal(message).with_code(code);
+        tracing::warn!(%model, code, %error, "reply broken off");
+        self.trace.failed(502, &message);
+        if !self.events {
+            self.state = Flow::Broken;
+            return Err(Broken);
+        }
+        self.state = Flow::Flushing;
+        let error = ApiError::internal(message).with_code(code);
         let gap = if self.between_events { "" } else { "\n\n" };
         Ok(Frame::data(Bytes::from(format!(
             "{gap}data: {}\n\n",

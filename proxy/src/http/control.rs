@@ -11,11 +11,13 @@ use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 
-use super::App;
+use super::auth::Access;
 use super::body::Body;
 use super::error;
 use super::listing;
 use super::routes::Route;
+use super::{App, activity, events, metrics};
+use crate::catalog::Catalog;
 use crate::logs::Source;
 
 /// Pieces of a live feed that wait for a slow reader.
@@ -23,19 +25,38 @@ const FEED_PIECES: usize = 64;
 
 pub(super) async fn answer<B>(
     app: &Arc<App>,
+    catalog: &Arc<Catalog>,
+    access: &Access,
     route: Route,
     request: &Request<B>,
 ) -> Result<Response<Body>, ApiError> {
+    if *access != Access::All && !matches!(route, Route::Models | Route::Model(_)) {
+        return Err(error::not_permitted(request.uri().path()));
+    }
     match route {
-        Route::Models => Ok(with_origin(json_reply(&listing::models(app)), request)),
+        Route::Home => Ok(text("swapd is running\n")),
+        Route::Models => Ok(with_origin(
+            json_reply(&listing::models(app, catalog, access)),
+            request,
+        )),
         Route::Model(name) => {
-            let catalog = app.house.catalog();
             let Some(id) = catalog.resolve(&name) else {
-                return Err(error::unknown_model(&catalog, &name));
+                return Err(error::unknown_model(catalog, &name));
             };
+            if !access.permits(id, &name) {
+                return Err(error::not_permitted(&name));
+            }
             let row = catalog.model(id).map(|m| Value::Object(listing::model(app, m)));
             Ok(json_reply(&row.unwrap_or_default()))
         }
+        Route::Metrics => Ok(metrics::answer(app)),
+        Route::Activity => activity::rows(app, request.uri().query()).map(|v| json_reply(&v)),
+        Route::Stats => Ok(json_reply(&activity::stats(app, request.uri().query()))),
+        Route::Events => Ok(events::stream(app)),
+        Route::Cancel(id) => match id.parse().is_ok_and(|id| app.activity.cancel(id)) {
+            true => Ok(json_reply(&json!({"msg": "ok"}))),
+            false => Err(ApiError::not_found(format!("no request '{id}' is running"))),
+        },
         Route::Running => Ok(json_reply(&listing::running(app))),
         Route::Health => Ok(text("OK")),
         Route::Unload => {

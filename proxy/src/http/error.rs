@@ -127,6 +127,44 @@ fn bad_gateway(code: &'static str, message: String) -> ApiError {
     }
 }
 
+/// 403 for a key that may not use this model.
+#[must_use]
+pub fn not_permitted(name: &str) -> ApiError {
+    let message = format!("this API key may not use '{name}'");
+    ApiError {
+        status: 403,
+        kind: "permission_error",
+        param: None,
+        code: Some("forbidden"),
+        retry_after: None,
+        message,
+    }
+}
+
+/// 409 for a path that never starts a model.
+#[must_use]
+pub fn not_loaded(model: &ModelId, path: &str) -> ApiError {
+    let message = format!("model '{model}' is not loaded, and a request for {path} does not load it");
+    ApiError {
+        status: 409,
+        kind: "conflict",
+        param: None,
+        code: Some("conflict"),
+        retry_after: None,
+        message,
+    }
+}
+
+/// The reply to a request whose end somebody has ordered.
+#[must_use]
+pub fn cancelled() -> ApiError {
+    ApiError::unavailable(
+        "cancelled",
+        "the request was cancelled by an order to the proxy",
+        None,
+    )
+}
+
 /// 503 for a request that was cut before its reply began.
 #[must_use]
 pub fn cut(model: &ModelId, reason: CutReason) -> ApiError {

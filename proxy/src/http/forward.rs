@@ -12,16 +12,18 @@ use http::uri::PathAndQuery;
 use http::{Request, Response, Uri};
 use http_body_util::Full;
 use hyper::body::Incoming;
-use lifecycle::ModelId;
+use lifecycle::{ModelId, State};
 
 use super::App;
+use super::auth::Access;
 use super::body::{self, Body, ReadError, UpstreamBody};
 use super::error;
 use super::extract::{self, Place};
 use super::routes;
+use crate::activity::Trace;
 use crate::catalog::Catalog;
 use crate::house::Lease;
-use crate::upstream;
+use crate::upstream::{self, Conn};
 
 /// Headers that belong to one connection (RFC 9110, section 7.6.1), and those that hyper sets itself.
 const HOP_BY_HOP: [HeaderName; 8] = [
@@ -51,11 +53,13 @@ const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering")
 /// Forwards to the model that the body, or without one the query, names.
 pub(super) async fn by_name(
     app: &Arc<App>,
+    catalog: &Arc<Catalog>,
+    access: &Access,
     client: SocketAddr,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
     let (parts, incoming) = request.into_parts();
-    let (name, place, mut body) = if parts.method == http::Method::GET {
+    let (name, place, body) = if parts.method == http::Method::GET {
         (
             extract::from_query(parts.uri.query())?,
             Place::Query,
@@ -71,19 +75,20 @@ pub(super) async fn by_name(
         let (name, place) = extract::from_body(kind, &body)?;
         (name, place, body)
     };
-    let catalog = app.house.catalog();
-    let Some(model) = catalog.resolve(&name).cloned() else {
-        return Err(error::unknown_model(&catalog, &name));
+    let Some(model) = catalog.resolve(&name) else {
+        return Err(error::unknown_model(catalog, &name));
     };
-    body = filtered(&catalog, &model, &name, &place, body)?;
-    drop(catalog);
+    if !access.permits(model, &name) {
+        return Err(error::not_permitted(&name));
+    }
+    let body = filtered(catalog, model, &name, &place, body)?;
     let path = parts
         .uri
         .path_and_query()
         .cloned()
         .unwrap_or_else(|| PathAndQuery::from_static("/"));
     let path = routes::upstream_path(path);
-    serve(app, client, &model, parts, path, body).await
+    serve(app, client, model, parts, path, body).await
 }
 
 /// The body as the model's server is to see it.
@@ -112,6 +117,8 @@ fn filtered(
 /// Forwards `/upstream/{model}/{path}` to the model's own `/{path}`.
 pub(super) async fn by_path(
     app: &Arc<App>,
+    catalog: &Arc<Catalog>,
+    access: &Access,
     client: SocketAddr,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
@@ -119,23 +126,29 @@ pub(super) async fn by_path(
     let raw = parts.uri.path().strip_prefix("/upstream/").unwrap_or_default();
     // An id may hold slashes, as they are or encoded; what follows it stays as the client wrote it.
     let unslashed = raw.replace("%2F", "/").replace("%2f", "/");
-    let catalog = app.house.catalog();
     let Some((model, rest)) = catalog.resolve_prefix(&unslashed) else {
-        let name = raw.split('/').next().unwrap_or_default();
-        return Err(error::unknown_model(&catalog, name));
+        return Err(error::unknown_model(
+            catalog,
+            raw.split('/').next().unwrap_or_default(),
+        ));
     };
-    let (model, rest) = (model.clone(), rest.to_owned());
-    drop(catalog);
+    let name = unslashed.strip_suffix(rest).unwrap_or_default();
+    if !access.permits(model, name) {
+        return Err(error::not_permitted(name));
+    }
     let query = parts.uri.query().map(|q| format!("?{q}")).unwrap_or_default();
     if rest.is_empty() {
         return Ok(redirect(&parts, &format!("{}/{query}", parts.uri.path())));
+    }
+    if catalog.never_starts(rest) && app.house.status(model).is_none_or(|s| s.state != State::Ready) {
+        return Err(error::not_loaded(model, rest));
     }
     let path = format!("{rest}{query}");
     let path = path
         .parse()
         .map_err(|_| ApiError::bad_request(format!("the path {path} is malformed")))?;
     let body = read(app, incoming).await?;
-    serve(app, client, &model, parts, path, body).await
+    serve(app, client, model, parts, path, body).await
 }
 
 fn redirect(parts: &Parts, to: &str) -> Response<Body> {
@@ -160,9 +173,6 @@ async fn read(app: &App, incoming: Incoming) -> Result<Bytes, ApiError> {
 }
 
 /// Waits for the model, sends it the request and passes the reply back.
-///
-/// A process that died since it was last used may not have been reaped yet. Nothing can have reached it then, and the
-/// request goes to the next one.
 async fn serve(
     app: &Arc<App>,
     client: SocketAddr,
@@ -171,10 +181,43 @@ async fn serve(
     path: PathAndQuery,
     body: Bytes,
 ) -> Result<Response<Body>, ApiError> {
+    let asked = parts.uri.path().to_owned();
+    let mut trace = app.activity.begin(
+        model.clone(),
+        parts.method.clone(),
+        asked,
+        client.ip().to_string(),
+    );
     let mut request = Request::new(Full::new(body));
     *request.method_mut() = parts.method;
     *request.headers_mut() = parts.headers;
     tidy_request(request.headers_mut(), client);
+    let running = trace.running.clone();
+    let result = tokio::select! {
+        biased;
+        result = exchange(app, model, request, &path, &mut trace) => result,
+        () = running.cancelled() => Err(error::cancelled()),
+    };
+    match result {
+        Ok((response, conn, lease)) => Ok(pass_back(response, conn, lease, trace)),
+        Err(error) => {
+            trace.failed(error.status, &error.message);
+            Err(error)
+        }
+    }
+}
+
+/// One request to a ready process, and the head of its reply.
+///
+/// A process that died since it was last used may not have been reaped yet. Nothing can have reached it then, and the
+/// request goes to the next one.
+async fn exchange(
+    app: &Arc<App>,
+    model: &ModelId,
+    mut request: Request<Full<Bytes>>,
+    path: &PathAndQuery,
+    trace: &mut Trace,
+) -> Result<(Response<Incoming>, Conn, Lease), ApiError> {
     let mut tried = false;
     loop {
         let lease = app
@@ -187,12 +230,17 @@ async fn serve(
                 "model '{model}' is ready and has no address"
             )));
         };
-        *request.uri_mut() = prefixed(prefix, &path)?;
+        *request.uri_mut() = prefixed(prefix, path)?;
         let (pool, wire) = (pool.clone(), lease.wire.clone());
+        trace.forwarded();
+        trace.running.attach(wire.clone());
         let error = match pool.send(&request, &|task| wire.attach(task)).await {
-            Ok((response, conn)) => return Ok(pass_back(response, conn, lease)),
+            Ok((response, conn)) => return Ok((response, conn, lease)),
             Err(error) => error,
         };
+        if trace.running.is_cancelled() {
+            return Err(error::cancelled());
+        }
         if let Some(reason) = wire.why_cut() {
             return Err(error::cut(model, reason));
         }
@@ -216,15 +264,16 @@ fn prefixed(prefix: &str, path: &PathAndQuery) -> Result<Uri, ApiError> {
         .map_err(|_| ApiError::bad_request(format!("the path {whole} is malformed")))
 }
 
-fn pass_back(response: Response<Incoming>, conn: crate::upstream::Conn, lease: Lease) -> Response<Body> {
+fn pass_back(response: Response<Incoming>, conn: Conn, lease: Lease, mut trace: Trace) -> Response<Body> {
     let (mut parts, incoming) = response.into_parts();
     drop_hop_by_hop(&mut parts.headers);
     let kind = parts
         .headers
         .get(header::CONTENT_TYPE)
-        .map(HeaderValue::as_bytes)
+        .and_then(|v| v.to_str().ok())
         .unwrap_or_default();
-    let events = kind.starts_with(b"text/event-stream");
+    let events = kind.starts_with("text/event-stream");
+    trace.head(parts.status.as_u16(), kind);
     if events {
         parts
             .headers
@@ -234,7 +283,7 @@ fn pass_back(response: Response<Incoming>, conn: crate::upstream::Conn, lease: L
     parts.version = http::Version::HTTP_11;
     Response::from_parts(
         parts,
-        Body::Upstream(Box::new(UpstreamBody::new(incoming, conn, lease, events))),
+        Body::Upstream(Box::new(UpstreamBody::new(incoming, conn, lease, trace, events))),
     )
 }
 

@@ -5,14 +5,19 @@ use registry::Launch;
 use serde_json::{Map, Value, json};
 
 use super::App;
+use super::auth::Access;
 use crate::catalog::Catalog;
 
-/// `GET /v1/models`.
+/// `GET /v1/models`: what this client may use.
 #[must_use]
-pub fn models(app: &App) -> Value {
-    let catalog = app.house.catalog();
+pub fn models(app: &App, catalog: &Catalog, access: &Access) -> Value {
     let mut rows: Vec<(String, Value)> = Vec::new();
-    for entry in catalog.registry.models.values().filter(|m| !m.unlisted) {
+    for entry in catalog
+        .registry
+        .models
+        .values()
+        .filter(|m| !m.unlisted && access.permits(&m.id, &m.id))
+    {
         if catalog.registry.globals.include_aliases_in_list {
             for alias in &entry.aliases {
                 rows.push((alias.clone(), Value::Object(alias_row(app, entry, alias))));

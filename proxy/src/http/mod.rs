@@ -1,11 +1,15 @@
 //! Routes: from a request to a reply.
 
+pub mod activity;
+pub mod auth;
 pub mod body;
 pub mod control;
 pub mod error;
+pub mod events;
 pub mod extract;
 pub mod forward;
 pub mod listing;
+pub mod metrics;
 pub mod routes;
 
 use std::convert::Infallible;
@@ -13,11 +17,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 
 use api_types::error::ApiError;
+use http::header::{self, HeaderValue};
 use http::{Method, Request, Response};
 use hyper::body::Incoming;
 
+use self::auth::Access;
 use self::body::Body;
 use self::routes::Route;
+use crate::activity::Activity;
 use crate::house::House;
 use crate::reload::Reloader;
 
@@ -26,6 +33,8 @@ use crate::reload::Reloader;
 pub struct App {
     /// Models and processes.
     pub house: Arc<House>,
+    /// Requests and counters.
+    pub activity: Arc<Activity>,
     /// For reloads by request, and the state of the registry's file.
     pub reloader: Arc<Reloader>,
     /// Largest request body, in bytes.
@@ -68,10 +77,8 @@ async fn dispatch(
     } else {
         request.method()
     };
-    match routes::find(method, request.uri().path()) {
-        Ok(Route::Inference) => forward::by_name(app, client, request).await,
-        Ok(Route::Upstream) => forward::by_path(app, client, request).await,
-        Ok(route) => control::answer(app, route, &request).await,
+    let route = match routes::find(method, request.uri().path()) {
+        Ok(route) => route,
         Err(routes::NoRoute::Method(allow)) => {
             let message = format!(
                 "method {} is not allowed for {}",
@@ -81,13 +88,34 @@ async fn dispatch(
             let mut response = error::reply(&ApiError::method_not_allowed(message));
             response
                 .headers_mut()
-                .insert(http::header::ALLOW, http::HeaderValue::from_static(allow));
-            Ok(response)
+                .insert(header::ALLOW, HeaderValue::from_static(allow));
+            return Ok(response);
         }
-        Err(routes::NoRoute::Path) => Err(ApiError::not_found(format!(
-            "no route for {} {}",
-            request.method(),
-            request.uri().path()
-        ))),
+        Err(routes::NoRoute::Path) => {
+            return Err(ApiError::not_found(format!(
+                "no route for {} {}",
+                request.method(),
+                request.uri().path()
+            )));
+        }
+    };
+    let catalog = app.house.catalog();
+    let access = if auth::is_open(&route) {
+        Access::All
+    } else {
+        match auth::check(&catalog.registry.globals.api_keys, request.headers()) {
+            Ok(access) => access,
+            Err(error) => {
+                let mut response = error::reply(&error);
+                let challenge = HeaderValue::from_static("Basic realm=\"swapd\"");
+                response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
+                return Ok(response);
+            }
+        }
+    };
+    match route {
+        Route::Inference => forward::by_name(app, &catalog, &access, client, request).await,
+        Route::Upstream => forward::by_path(app, &catalog, &access, client, request).await,
+        route => control::answer(app, &catalog, &access, route, &request).await,
     }
 }

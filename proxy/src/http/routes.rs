@@ -10,6 +10,8 @@ pub enum Route {
     Inference,
     /// Forwarded to the model that the path names.
     Upstream,
+    /// A sign of life for people.
+    Home,
     /// All models.
     Models,
     /// One model, by id or alias.
@@ -30,6 +32,16 @@ pub enum Route {
     Logs,
     /// The log's history and what follows; of one source if named.
     LogStream(Option<String>),
+    /// Counters for Prometheus.
+    Metrics,
+    /// Finished requests.
+    Activity,
+    /// Totals and distributions of finished requests.
+    Stats,
+    /// Live changes of everything.
+    Events,
+    /// End a running request.
+    Cancel(String),
     /// Take up the registry's file now.
     Reload,
     /// Program and version.
@@ -101,6 +113,11 @@ pub fn find(method: &Method, path: &str) -> Result<Route, NoRoute> {
     };
     match path {
         "/v1/models" | "/models" => return get(Route::Models),
+        "/" => return get(Route::Home),
+        "/metrics" => return get(Route::Metrics),
+        "/api/metrics/activity" => return get(Route::Activity),
+        "/api/metrics/stats" => return get(Route::Stats),
+        "/api/events" => return get(Route::Events),
         "/running" => return get(Route::Running),
         "/health" | "/wol-health" => return get(Route::Health),
         "/unload" => return get(Route::Unload),
@@ -123,6 +140,9 @@ pub fn find(method: &Method, path: &str) -> Result<Route, NoRoute> {
     }
     if let Some(id) = rest("/api/models/load/") {
         return post(Route::ApiLoad(decode(id)));
+    }
+    if let Some(id) = rest("/api/inflight/").and_then(|r| r.strip_suffix("/cancel")) {
+        return post(Route::Cancel(decode(id)));
     }
     if let Some(source) = rest("/logs/stream/") {
         return get(Route::LogStream(Some(decode(source))));

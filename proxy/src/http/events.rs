@@ -1,0 +1,144 @@
+//! `/api/events`: everything that changes, as server-sent events in llama-swap's form.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http::Response;
+use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
+use serde_json::{Value, json};
+use tokio::sync::broadcast::error::RecvError;
+use tokio::sync::mpsc;
+
+use super::App;
+use super::body::Body;
+use crate::activity::Change;
+use crate::logs::{Line, Source};
+
+/// Events that wait for a slow reader.
+const WAITING: usize = 64;
+
+fn event(kind: &str, data: &Value) -> Bytes {
+    let message = json!({"type": kind, "data": data.to_string()});
+    Bytes::from(format!("event:message\ndata:{message}\n\n"))
+}
+
+fn log(source: &str, text: &[u8]) -> Bytes {
+    event(
+        "logData",
+        &json!({"source": source, "data": String::from_utf8_lossy(text)}),
+    )
+}
+
+fn line(line: &Line) -> Bytes {
+    log(
+        if line.source == Source::Proxy {
+            "proxy"
+        } else {
+            "upstream"
+        },
+        &line.text,
+    )
+}
+
+/// All models with their states.
+fn models(app: &App) -> Bytes {
+    let catalog = app.house.catalog();
+    let rows = app.house.statuses().into_iter().filter_map(|(id, status, _)| {
+        let model = catalog.model(&id)?;
+        Some(json!({
+            "id": &*id,
+            "name": model.name.clone().unwrap_or_default(),
+            "description": model.description.clone().unwrap_or_default(),
+            "state": status.state.as_str(),
+            "unlisted": model.unlisted,
+            "peerID": "",
+            "aliases": model.aliases,
+            "inflight": status.inflight,
+            "waiting": status.waiting,
+        }))
+    });
+    event("modelStatus", &Value::Array(rows.collect()))
+}
+
+fn registry(app: &App) -> Bytes {
+    let outcome = app.reloader.outcome();
+    event(
+        "registry",
+        &json!({"in_force": outcome.errors.is_empty(), "errors": outcome.errors}),
+    )
+}
+
+fn change(change: &Change) -> Bytes {
+    match change {
+        Change::Began(r) => event("inflight", &json!({"operation": "upsert", "entry": r.to_json()})),
+        Change::Ended(id) => event("inflight", &json!({"operation": "remove", "id": id})),
+        Change::Finished(id) => event("activity", &json!({"id": id})),
+    }
+}
+
+/// Present state, then every change. A reader that is too slow loses log lines and gets the state anew.
+#[must_use]
+pub fn stream(app: &Arc<App>) -> Response<Body> {
+    let (sender, receiver) = mpsc::channel(WAITING);
+    let app = app.clone();
+    tokio::spawn(async move {
+        let mut changes = app.activity.changes();
+        let mut states = app.house.states();
+        let mut outcomes = app.reloader.outcomes();
+        let (proxy, _) = app.house.logs.subscribe(|s| *s == Source::Proxy);
+        let (upstream, mut lines) = app.house.logs.subscribe(|s| *s != Source::Proxy);
+        let running: Vec<Value> = app.activity.running().iter().map(|r| r.to_json()).collect();
+        let headers = &app.house.catalog().registry.globals.session_id_headers.clone();
+        let first = [
+            log("proxy", &proxy),
+            log("upstream", &upstream),
+            models(&app),
+            event("uiConfig", &json!({"activity": {"session_id": headers}})),
+            registry(&app),
+            event("inflight", &json!({"operation": "snapshot", "entries": running})),
+        ];
+        for piece in first {
+            if sender.send(piece).await.is_err() {
+                return;
+            }
+        }
+        loop {
+            let piece = tokio::select! {
+                () = sender.closed() => return,
+                next = lines.recv() => match next {
+                    Ok(next) => line(&next),
+                    Err(RecvError::Lagged(n)) => log("proxy", format!("... {n} lines lost\n").as_bytes()),
+                    Err(RecvError::Closed) => return,
+                },
+                next = states.recv() => match next {
+                    Ok(_) | Err(RecvError::Lagged(_)) => models(&app),
+                    Err(RecvError::Closed) => return,
+                },
+                next = changes.recv() => match next {
+                    Ok(next) => change(&next),
+                    Err(RecvError::Lagged(_)) => {
+                        let running: Vec<Value> = app.activity.running().iter().map(|r| r.to_json()).collect();
+                        event("inflight", &json!({"operation": "snapshot", "entries": running}))
+                    }
+                    Err(RecvError::Closed) => return,
+                },
+                next = outcomes.changed() => match next {
+                    Ok(()) => registry(&app),
+                    Err(_) => return,
+                },
+            };
+            if sender.send(piece).await.is_err() {
+                return;
+            }
+        }
+    });
+    let mut response = Response::new(Body::Channel(receiver));
+    response
+        .headers_mut()
+        .insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    response.headers_mut().insert(
+        HeaderName::from_static("x-accel-buffering"),
+        HeaderValue::from_static("no"),
+    );
+    response
+}

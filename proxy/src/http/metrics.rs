@@ -1,0 +1,259 @@
+//! `/metrics`: Prometheus' text format.
+
+use std::fmt::{Display, Write};
+
+use http::Response;
+use http::header::{CONTENT_TYPE, HeaderValue};
+use lifecycle::State;
+
+use super::App;
+use super::body::Body;
+use crate::activity::{BUCKETS, Counters, Histogram};
+
+const STATES: [State; 6] = [
+    State::Stopped,
+    State::Starting,
+    State::Ready,
+    State::Draining,
+    State::Stopping,
+    State::BackOff,
+];
+
+/// Text being written, one family of samples after the other.
+#[derive(Default)]
+struct Page(String);
+
+impl Page {
+    fn family(&mut self, name: &str, kind: &str, help: &str) {
+        let _ = writeln!(self.0, "# HELP {name} {help}\n# TYPE {name} {kind}");
+    }
+
+    fn sample(&mut self, name: &str, labels: &[(&str, &str)], value: impl Display) {
+        self.0.push_str(name);
+        for (i, (key, text)) in labels.iter().enumerate() {
+            let text = text
+                .replace('\\', "\\\\")
+                .replace('"', "\\\"")
+                .replace('\n', "\\n");
+            let _ = write!(self.0, "{}{key}=\"{text}\"", if i == 0 { '{' } else { ',' });
+        }
+        let _ = writeln!(self.0, "{} {value}", if labels.is_empty() { "" } else { "}" });
+    }
+
+    fn histogram(&mut self, name: &str, model: &str, h: &Histogram) {
+        let mut below = 0;
+        for (bound, count) in BUCKETS.iter().zip(h.counts) {
+            below += count;
+            self.sample(
+                &format!("{name}_bucket"),
+                &[("model", model), ("le", &bound.to_string())],
+                below,
+            );
+        }
+        self.sample(
+            &format!("{name}_bucket"),
+            &[("model", model), ("le", "+Inf")],
+            h.total,
+        );
+        self.sample(&format!("{name}_sum"), &[("model", model)], h.sum);
+        self.sample(&format!("{name}_count"), &[("model", model)], h.total);
+    }
+}
+
+/// The whole page.
+#[must_use]
+pub fn answer(app: &App) -> Response<Body> {
+    let mut page = Page::default();
+    requests(app, &mut page);
+    models(app, &mut page);
+    host(&mut page);
+    let mut response = Response::new(Body::Full(page.0.into()));
+    let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    response.headers_mut().insert(CONTENT_TYPE, kind);
+    response
+}
+
+/// Picks one histogram.
+type Get = fn(&Counters) -> &Histogram;
+
+fn requests(app: &App, page: &mut Page) {
+    let counters = app.activity.counters();
+    page.family(
+        "swapd_requests_total",
+        "counter",
+        "Finished requests by status; 499: the client left.",
+    );
+    for (model, c) in &counters {
+        for (status, n) in &c.requests {
+            page.sample(
+                "swapd_requests_total",
+                &[("model", model), ("code", &status.to_string())],
+                n,
+            );
+        }
+    }
+    page.family(
+        "swapd_tokens_total",
+        "counter",
+        "Tokens as the replies report them.",
+    );
+    for (model, c) in &counters {
+        let kinds = [
+            ("prompt", c.prompt_tokens),
+            ("completion", c.completion_tokens),
+            ("cached", c.cached_tokens),
+        ];
+        for (kind, n) in kinds {
+            page.sample("swapd_tokens_total", &[("model", model), ("kind", kind)], n);
+        }
+    }
+    let families: [(&str, &str, Get); 3] = [
+        (
+            "swapd_time_to_first_byte_seconds",
+            "From arrival to the first byte of the reply's body.",
+            |c| &c.first_byte,
+        ),
+        (
+            "swapd_request_duration_seconds",
+            "From arrival to the end of the reply.",
+            |c| &c.duration,
+        ),
+        (
+            "swapd_request_waiting_seconds",
+            "From arrival to forwarding: queue and load.",
+            |c| &c.waiting,
+        ),
+    ];
+    for (name, help, get) in families {
+        page.family(name, "histogram", help);
+        for (model, c) in &counters {
+            page.histogram(name, model, get(c));
+        }
+    }
+}
+
+fn models(app: &App, page: &mut Page) {
+    let statuses = app.house.statuses();
+    page.family(
+        "swapd_model_state",
+        "gauge",
+        "1 for the state that the model is in.",
+    );
+    for (model, status, _) in &statuses {
+        for state in STATES {
+            let labels = [("model", &**model), ("state", state.as_str())];
+            page.sample("swapd_model_state", &labels, u8::from(state == status.state));
+        }
+    }
+    page.family(
+        "swapd_inflight_requests",
+        "gauge",
+        "Requests at the model's server.",
+    );
+    for (model, status, _) in &statuses {
+        page.sample("swapd_inflight_requests", &[("model", model)], status.inflight);
+    }
+    page.family(
+        "swapd_waiting_requests",
+        "gauge",
+        "Requests that wait for the model.",
+    );
+    for (model, status, _) in &statuses {
+        page.sample("swapd_waiting_requests", &[("model", model)], status.waiting);
+    }
+    let loads = app.house.loads();
+    page.family("swapd_model_load_seconds", "summary", "From spawn to ready.");
+    for (model, load) in &loads {
+        page.sample(
+            "swapd_model_load_seconds_sum",
+            &[("model", model)],
+            load.time.as_secs_f64(),
+        );
+        page.sample("swapd_model_load_seconds_count", &[("model", model)], load.ready);
+    }
+    page.family(
+        "swapd_model_exits_total",
+        "counter",
+        "Processes that have ended, for whatever reason.",
+    );
+    for (model, load) in &loads {
+        page.sample("swapd_model_exits_total", &[("model", model)], load.exits);
+    }
+    page.family(
+        "swapd_process_footprint_bytes",
+        "gauge",
+        "Memory that the model's process costs, mapped files left out.",
+    );
+    let processes = statuses.iter().filter_map(|(m, _, p)| Some((m, p.as_ref()?)));
+    for (model, process) in processes.clone() {
+        if let Some(memory) = process.pid.get().and_then(|pid| hostmem::process(*pid).ok()) {
+            page.sample(
+                "swapd_process_footprint_bytes",
+                &[("model", model)],
+                memory.footprint_bytes,
+            );
+        }
+    }
+    page.family(
+        "swapd_worker_kv_used_bytes",
+        "gauge",
+        "Keys and values in use, by the worker's heartbeat.",
+    );
+    for (model, process) in processes.clone() {
+        if let Some(beat) = *process.heartbeat.lock() {
+            page.sample(
+                "swapd_worker_kv_used_bytes",
+                &[("model", model)],
+                beat.kv_used_bytes,
+            );
+        }
+    }
+    page.family(
+        "swapd_worker_steps_total",
+        "counter",
+        "Engine steps, by the worker's heartbeat.",
+    );
+    for (model, process) in processes {
+        if let Some(beat) = *process.heartbeat.lock() {
+            page.sample("swapd_worker_steps_total", &[("model", model)], beat.steps);
+        }
+    }
+}
+
+/// The names are llama-swap's.
+fn host(page: &mut Page) {
+    let Ok(host) = hostmem::host() else { return };
+    let gauges = [
+        (
+            "llamaswap_memory_total_bytes",
+            "Memory of the machine.",
+            host.total_bytes,
+        ),
+        (
+            "llamaswap_memory_used_bytes",
+            "Memory in use.",
+            host.total_bytes.saturating_sub(host.available_bytes),
+        ),
+        (
+            "llamaswap_memory_free_bytes",
+            "Memory that programs can get.",
+            host.available_bytes,
+        ),
+        ("llamaswap_swap_total_bytes", "Swap space.", host.swap_total_bytes),
+        (
+            "llamaswap_swap_used_bytes",
+            "Swap space in use.",
+            host.swap_used_bytes,
+        ),
+    ];
+    for (name, help, value) in gauges {
+        page.family(name, "gauge", help);
+        page.sample(name, &[], value);
+    }
+    page.family(
+        "swapd_memory_pressure",
+        "gauge",
+        "0 normal, 1 warning, 2 critical.",
+    );
+    page.sample("swapd_memory_pressure", &[], host.pressure as u8);
+}
