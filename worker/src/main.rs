@@ -1,6 +1,6 @@
 //! The `mlxworker` program: see the library.
 
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use knobs::{Command, ParsedArgs};

@@ -1,0 +1,164 @@
+//! A client that goes away takes its request with it.
+
+use std::time::Duration;
+
+use mlxworker::backend::scripted::{Act, Ending};
+use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::time::Instant;
+
+use super::support::*;
+
+const LIMIT: Duration = Duration::from_millis(50);
+
+fn cancelled(ending: &Ending) -> Instant {
+    match ending {
+        Ending::Cancelled(at) => *at,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The best of a few tries keeps the limit; a busy machine may miss it now and then.
+fn assert_fast(delays: &[Duration]) {
+    assert!(delays.iter().min().unwrap() <= &LIMIT, "{delays:?}");
+    assert!(
+        delays.iter().max().unwrap() <= &Duration::from_secs(2),
+        "{delays:?}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_in_decode() {
+    let server = start(|_| {
+        let mut script = say("so far");
+        script.push(Act::Hang);
+        Ok(script)
+    })
+    .await;
+    let mut delays = Vec::new();
+    for n in 1..=5 {
+        let mut open = server
+            .open(
+                "/v1/chat/completions",
+                &with_message(json!({"stream": true, "n": 1})),
+            )
+            .await;
+        open.first().await;
+        let gone = Instant::now();
+        open.disconnect();
+        let endings = server.backend.endings(n).await;
+        delays.push(cancelled(&endings[n - 1].1).saturating_duration_since(gone));
+    }
+    assert_fast(&delays);
+    server.service.idle().await;
+    let metrics = server.get("/metrics").await.text();
+    assert!(
+        metrics.contains("mlxworker_requests_total{route=\"chat\",outcome=\"cancelled\"} 5"),
+        "{metrics}"
+    );
+}
+
+/// Nothing has been answered yet: the handler itself is dropped. All choices go with it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn before_the_first_token_streamed_or_not() {
+    let server = start(|_| Ok(vec![Act::Start(0), Act::Hang])).await;
+    let mut delays = Vec::new();
+    for round in 1..=4 {
+        let body = with_message(json!({"stream": round % 2 == 0, "n": 2})).to_string();
+        let mut socket = TcpStream::connect(server.address).await.unwrap();
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        socket.write_all(head.as_bytes()).await.unwrap();
+        socket.write_all(body.as_bytes()).await.unwrap();
+        while server.backend.requests().len() < 2 * round {
+            tokio::task::yield_now().await;
+        }
+        let gone = Instant::now();
+        drop(socket);
+        let endings = server.backend.endings(2 * round).await;
+        for (_, ending) in &endings[2 * (round - 1)..] {
+            delays.push(cancelled(ending).saturating_duration_since(gone));
+        }
+    }
+    assert_fast(&delays);
+    assert_eq!(server.service.in_flight(), 0);
+}
+
+#[tokio::test]
+async fn a_refused_choice_cancels_those_before_it() {
+    let server = start(|request| {
+        if request.sampling.seed == Some(2) {
+            return Err(mlxworker::backend::SubmitError::QueueFull {
+                waiting: 9,
+                retry_after: Duration::from_secs(3),
+            });
+        }
+        Ok(vec![Act::Hang])
+    })
+    .await;
+    let reply = server.chat(json!({"n": 3, "seed": 0})).await;
+    assert_eq!(reply.status, 429);
+    assert_eq!(reply.headers["retry-after"], "3");
+    for (_, ending) in server.backend.endings(2).await {
+        cancelled(&ending);
+    }
+}
+
+#[tokio::test]
+async fn draining_finishes_what_runs_and_refuses_what_is_new() {
+    let server = start(|_| {
+        let mut script = say("a");
+        script.push(wait(100));
+        script.extend(say("b"));
+        stop(script)
+    })
+    .await;
+    let running = server.chat_stream(json!({}));
+    let later = async {
+        server.backend_has_requests(1).await;
+        server.service.drain();
+        let reply = server.chat(json!({})).await;
+        assert_eq!(
+            (reply.status, reply.json()["error"]["code"].as_str()),
+            (503, Some("draining"))
+        );
+        assert_eq!(server.get("/health").await.status, 503);
+        server.service.idle().await;
+    };
+    let (stream, ()) = tokio::join!(running, later);
+    assert_eq!(stream.joined(0, "content"), "ab");
+}
+
+impl Server {
+    async fn backend_has_requests(&self, count: usize) {
+        while self.backend.requests().len() < count {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+}
+
+/// A raw socket sees the stream's end as chunked encoding writes it, and the connection can be used again.
+#[tokio::test]
+async fn a_complete_stream_leaves_the_connection_usable() {
+    let server = start(|_| stop(say("x"))).await;
+    let mut socket = TcpStream::connect(server.address).await.unwrap();
+    for _ in 0..2 {
+        let body = with_message(json!({"stream": true})).to_string();
+        let request = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        );
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut seen = Vec::new();
+        let mut buffer = [0; 4096];
+        while !seen.ends_with(b"0\r\n\r\n") {
+            let n = socket.read(&mut buffer).await.unwrap();
+            assert!(n > 0, "{}", String::from_utf8_lossy(&seen));
+            seen.extend_from_slice(&buffer[..n]);
+        }
+        assert!(String::from_utf8_lossy(&seen).contains("data: [DONE]"));
+    }
+}

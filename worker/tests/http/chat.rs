@@ -1,0 +1,330 @@
+//! `/v1/chat/completions`, answered in one piece.
+
+use mlxworker::backend::scripted::Act;
+use mlxworker::backend::{FinishReason, SamplingParams};
+use serde_json::{Value, json};
+
+use super::support::*;
+
+fn weather_tools() -> Value {
+    json!([{"type": "function", "function": {"name": "weather", "description": "Weather of a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}}])
+}
+
+#[tokio::test]
+async fn a_reply_with_everything_around_it() {
+    let server = start(|_| {
+        let mut script = vec![Act::Start(3)];
+        script.extend(say("Hello, wörld! 🦀"));
+        stop(script)
+    })
+    .await;
+    let reply = server.chat(json!({})).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    assert_eq!(reply.headers["content-type"], "application/json");
+    let json = reply.json();
+    assert_eq!(json["object"], "chat.completion");
+    assert_eq!(json["model"], MODEL);
+    assert!(json["id"].as_str().unwrap().starts_with("chatcmpl-"));
+    assert!(json["created"].as_u64().unwrap() > 1_700_000_000);
+    let choice = &json["choices"][0];
+    assert_eq!(choice["index"], 0);
+    assert_eq!(choice["finish_reason"], "stop");
+    assert_eq!(
+        choice["message"],
+        json!({"role": "assistant", "content": "Hello, wörld! 🦀"})
+    );
+    let request = &server.backend.requests()[0];
+    let usage = &json["usage"];
+    assert_eq!(usage["prompt_tokens"], request.prompt.len());
+    assert_eq!(
+        usage["completion_tokens"],
+        say("Hello, wörld! 🦀").len() + 1,
+        "the end token counts"
+    );
+    assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 3);
+    assert_eq!(
+        usage["total_tokens"],
+        request.prompt.len() + say("Hello, wörld! 🦀").len() + 1
+    );
+}
+
+#[tokio::test]
+async fn the_prompt_is_the_template_and_the_defaults_are_applied() {
+    let defaults = SamplingParams {
+        temperature: 0.3,
+        top_k: 20,
+        ..SamplingParams::greedy()
+    };
+    let expected = defaults.clone();
+    let server = start_with(|c| c.sampling = defaults, |_| stop(say("ok"))).await;
+    server
+        .chat(json!({"messages": [{"role": "developer", "content": "Be brief."},
+                                    {"role": "user", "content": [{"type": "text", "text": "Hi"}]}]}))
+        .await;
+    let request = &server.backend.requests()[0];
+    let template =
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n";
+    assert_eq!(request.prompt, tokenizer().encode(template, false).unwrap());
+    assert_eq!(request.sampling, expected);
+    assert_eq!(request.max_tokens, 100);
+    assert_eq!(request.stop_tokens, [2041, 2039]);
+    assert!(!request.ignore_eos && request.logprobs.is_none());
+}
+
+#[tokio::test]
+async fn parameters_belong_to_their_request() {
+    let server = start(|request| {
+        // The hot one runs longer than all the others.
+        let mut script = say("a");
+        script.push(wait(if request.sampling.temperature > 1.0 {
+            60
+        } else {
+            20
+        }));
+        script.extend(say(&format!(" {}", request.sampling.top_k)));
+        stop(script)
+    })
+    .await;
+    let bodies: Vec<Value> = (0..8)
+        .map(|i| {
+            json!({"temperature": if i % 2 == 0 { 0.0 } else { 1.5 }, "top_k": i + 1, "top_p": 0.5, "min_p": 0.25,
+                   "seed": i, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.25,
+                   "logit_bias": {(i + 1).to_string(): 2.0}, "max_tokens": 10 + i, "stop_token_ids": [5 + i]})
+        })
+        .collect();
+    let replies = futures_util::future::join_all(bodies.iter().map(|body| server.chat(body.clone()))).await;
+    for (i, reply) in replies.iter().enumerate() {
+        assert_eq!(
+            reply.json()["choices"][0]["message"]["content"],
+            format!("a {}", i + 1)
+        );
+    }
+    let mut requests = server.backend.requests();
+    requests.sort_by_key(|request| request.max_tokens);
+    for (i, request) in requests.iter().enumerate() {
+        assert_eq!(
+            request.sampling,
+            SamplingParams {
+                temperature: if i % 2 == 0 { 0.0 } else { 1.5 },
+                top_p: 0.5,
+                top_k: i + 1,
+                min_p: 0.25,
+                repetition_penalty: 1.25,
+                presence_penalty: 0.5,
+                frequency_penalty: -0.5,
+                logit_bias: vec![(u32::try_from(i).unwrap() + 1, 2.0)],
+                seed: Some(i as u64),
+            }
+        );
+        assert_eq!(request.max_tokens, 10 + i);
+        assert_eq!(request.stop_tokens, [2041, 2039, 5 + u32::try_from(i).unwrap()]);
+    }
+}
+
+#[tokio::test]
+async fn stop_strings_end_the_reply_and_the_generation() {
+    let server = start(|_| {
+        let mut script = spell("one two three");
+        script.push(Act::Hang);
+        Ok(script)
+    })
+    .await;
+    let json = server.chat(json!({"stop": ["xyz", "o th"]})).await.json();
+    assert_eq!(json["choices"][0]["message"]["content"], "one tw");
+    assert_eq!(json["choices"][0]["finish_reason"], "stop");
+    assert_eq!(json["usage"]["completion_tokens"], spell("one two th").len());
+    let endings = server.backend.endings(1).await;
+    assert!(
+        matches!(endings[0].1, mlxworker::backend::scripted::Ending::Cancelled(_)),
+        "{endings:?}"
+    );
+}
+
+#[tokio::test]
+async fn an_end_right_away_is_an_empty_reply_with_one_token() {
+    let server = start(|_| stop(vec![])).await;
+    let json = server.chat(json!({})).await.json();
+    assert_eq!(json["choices"][0]["message"]["content"], "");
+    assert_eq!(json["choices"][0]["finish_reason"], "stop");
+    assert_eq!(json["usage"]["completion_tokens"], 1);
+}
+
+#[tokio::test]
+async fn no_token_at_all_is_no_success() {
+    let server = start(|_| length(vec![])).await;
+    let reply = server.chat(json!({})).await;
+    assert_eq!(reply.status, 500);
+    assert_eq!(reply.json()["error"]["code"], "generation_failed");
+}
+
+#[tokio::test]
+async fn length_is_told_and_wishes_are_clamped_aloud() {
+    let server = start(|_| length(say("and so on"))).await;
+    let reply = server.chat(json!({"max_tokens": 5000})).await;
+    assert_eq!(reply.json()["choices"][0]["finish_reason"], "length");
+    assert_eq!(reply.headers["x-max-tokens-clamped"], "asked=5000, allowed=200");
+    assert_eq!(server.backend.requests()[0].max_tokens, 200);
+    let reply = server.chat(json!({"max_completion_tokens": 7})).await;
+    assert!(!reply.headers.contains_key("x-max-tokens-clamped"));
+    assert_eq!(server.backend.requests()[1].max_tokens, 7);
+}
+
+#[tokio::test]
+async fn reasoning_is_kept_apart() {
+    let server = start(|_| stop(spell("<think>\nHm, 6 times 7.\n</think>\n\n42"))).await;
+    let json = server.chat(json!({})).await.json();
+    let message = &json["choices"][0]["message"];
+    assert_eq!(message["content"], "42");
+    assert_eq!(
+        message["reasoning_content"].as_str().unwrap().trim(),
+        "Hm, 6 times 7."
+    );
+    server.chat(json!({"enable_thinking": false})).await;
+    let prompt = tokenizer().encode("<think>\n\n</think>\n\n", false).unwrap();
+    assert!(server.backend.requests()[1].prompt.ends_with(&prompt));
+    assert!(!server.backend.requests()[0].prompt.ends_with(&prompt));
+}
+
+#[tokio::test]
+async fn tool_calls_are_parsed() {
+    let call = "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Köln\"}}\n</tool_call>";
+    let server = start(move |_| stop(spell(&format!("Let me look.\n{call}\n{call}")))).await;
+    let json = server.chat(json!({"tools": weather_tools()})).await.json();
+    let choice = &json["choices"][0];
+    assert_eq!(choice["finish_reason"], "tool_calls");
+    assert_eq!(
+        choice["message"]["content"].as_str().unwrap().trim(),
+        "Let me look."
+    );
+    let calls = choice["message"]["tool_calls"].as_array().unwrap();
+    assert_eq!(calls.len(), 2);
+    for call in calls {
+        assert_eq!(call["type"], "function");
+        assert_eq!(call["function"]["name"], "weather");
+        let arguments: Value = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+        assert_eq!(arguments, json!({"city": "Köln"}));
+    }
+    assert_ne!(calls[0]["id"], calls[1]["id"]);
+    assert!(prompt_text(&server.backend.requests()[0]).contains("Weather of a city"));
+
+    let json = server
+        .chat(json!({"tools": weather_tools(), "parallel_tool_calls": false}))
+        .await
+        .json();
+    assert_eq!(
+        json["choices"][0]["message"]["tool_calls"]
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
+    assert_eq!(json["choices"][0]["finish_reason"], "tool_calls");
+
+    // Without tools, or with none to be called, the markup is text and the tools are not in the prompt.
+    for extra in [
+        json!({}),
+        json!({"tools": weather_tools(), "tool_choice": "none"}),
+    ] {
+        let json = server.chat(extra).await.json();
+        assert_eq!(json["choices"][0]["finish_reason"], "stop");
+        assert!(
+            json["choices"][0]["message"]["content"]
+                .as_str()
+                .unwrap()
+                .contains("<tool_call>")
+        );
+        assert!(!prompt_text(server.backend.requests().last().unwrap()).contains("Weather of a city"));
+    }
+}
+
+#[tokio::test]
+async fn a_call_can_be_forced() {
+    let server = start(|request| {
+        let prompt = prompt_text(request);
+        if prompt.ends_with("{\"name\": \"weather\", \"arguments\": ") {
+            stop(spell("{\"city\": \"Rome\"}}\n</tool_call>"))
+        } else {
+            assert!(prompt.ends_with("<tool_call>\n{\"name\": \""), "{prompt}");
+            stop(spell(
+                "weather\", \"arguments\": {\"city\": \"Rome\"}}\n</tool_call>",
+            ))
+        }
+    })
+    .await;
+    for choice in [
+        json!("required"),
+        json!({"type": "function", "function": {"name": "weather"}}),
+    ] {
+        let json = server
+            .chat(json!({"tools": weather_tools(), "tool_choice": choice}))
+            .await
+            .json();
+        let function = &json["choices"][0]["message"]["tool_calls"][0]["function"];
+        assert_eq!(function["name"], "weather", "{json}");
+        let arguments: Value = serde_json::from_str(function["arguments"].as_str().unwrap()).unwrap();
+        assert_eq!(arguments, json!({"city": "Rome"}));
+        assert_eq!(json["choices"][0]["finish_reason"], "tool_calls");
+        assert_eq!(json["choices"][0]["message"]["content"], Value::Null);
+    }
+}
+
+#[tokio::test]
+async fn several_choices_are_several_generations() {
+    let server = start(|request| {
+        let seed = request.sampling.seed.unwrap();
+        // The first one ends last.
+        let mut script = say(&format!("seed {seed}"));
+        script.push(wait(40 - 10 * (seed - 7)));
+        script.extend(say("!"));
+        stop(script)
+    })
+    .await;
+    let json = server.chat(json!({"n": 3, "seed": 7})).await.json();
+    for index in 0..3 {
+        let choice = &json["choices"][index];
+        assert_eq!(choice["index"], index);
+        assert_eq!(choice["message"]["content"], format!("seed {}!", 7 + index));
+    }
+    let prompt = server.backend.requests()[0].prompt.len();
+    assert_eq!(
+        json["usage"]["prompt_tokens"], prompt,
+        "a shared prompt counts once"
+    );
+    let tokens = 3 * (say("seed 7").len() + 2);
+    assert_eq!(json["usage"]["completion_tokens"], tokens);
+}
+
+#[tokio::test]
+async fn logprobs_are_columns_of_tokens() {
+    let server = start(|request| {
+        assert_eq!(request.logprobs, Some(2));
+        let id = tokenizer().encode("a", false).unwrap()[0];
+        Ok(vec![
+            Act::TokenWithLogprob(id, -0.25, vec![(id, -0.25), (2041, -2.0)]),
+            Act::Finish(FinishReason::Length),
+        ])
+    })
+    .await;
+    let json = server
+        .chat(json!({"logprobs": true, "top_logprobs": 2}))
+        .await
+        .json();
+    assert_eq!(
+        json["choices"][0]["logprobs"],
+        json!({"content": [{"token": "a", "logprob": -0.25, "bytes": [97], "top_logprobs": [
+            {"token": "a", "logprob": -0.25, "bytes": [97]},
+            {"token": "<|im_end|>", "logprob": -2.0, "bytes": b"<|im_end|>"}]}]})
+    );
+}
+
+#[tokio::test]
+async fn a_long_prompt_goes_the_same_way() {
+    let server = start(|_| stop(say("ok"))).await;
+    let text = "word ".repeat(400);
+    let padding = "x".repeat(20_000);
+    let body = json!({"messages": [{"role": "user", "content": text}], "metadata": padding});
+    let reply = server.chat(body).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    assert!(prompt_text(&server.backend.requests()[0]).contains(text.trim()));
+}

@@ -1,0 +1,92 @@
+//! `/v1/completions`.
+
+use mlxworker::backend::FinishReason;
+use mlxworker::backend::scripted::Act;
+use serde_json::json;
+
+use super::support::*;
+
+const PATH: &str = "/v1/completions";
+
+#[tokio::test]
+async fn every_form_of_a_prompt_and_n() {
+    let server = start(|request| stop(say(&format!("<{}>", request.prompt.len())))).await;
+    let ids = tokenizer().encode("a b c", true).unwrap();
+    let prompts = json!(["a b c", ids]);
+    let json = server
+        .post(PATH, &json!({"model": MODEL, "prompt": prompts, "n": 2}))
+        .await
+        .json();
+    assert_eq!(json["object"], "text_completion");
+    assert!(json["id"].as_str().unwrap().starts_with("cmpl-"));
+    let choices = json["choices"].as_array().unwrap();
+    assert_eq!(choices.len(), 4);
+    for (index, choice) in choices.iter().enumerate() {
+        assert_eq!(choice["index"], index);
+        assert_eq!(choice["text"], format!("<{}>", ids.len()));
+        assert_eq!(choice["finish_reason"], "stop");
+    }
+    assert_eq!(
+        json["usage"]["prompt_tokens"],
+        2 * ids.len(),
+        "two prompts, each counted once"
+    );
+    assert!(
+        server
+            .backend
+            .requests()
+            .iter()
+            .all(|request| request.prompt == ids)
+    );
+}
+
+#[tokio::test]
+async fn echo_stop_and_special_markup() {
+    let server = start(|_| stop(spell(" <tool_call> END of it"))).await;
+    let body = json!({"prompt": "Once", "echo": true, "stop": "END"});
+    let json = server.post(PATH, &body).await.json();
+    assert_eq!(json["choices"][0]["text"], "Once <tool_call> ");
+    let stream = server.stream(PATH, body).await;
+    let chunks = stream.chunks();
+    let text: String = chunks
+        .iter()
+        .map(|chunk| chunk["choices"][0]["text"].as_str().unwrap())
+        .collect();
+    assert_eq!(text, "Once <tool_call> ");
+    assert_eq!(chunks[0]["object"], "text_completion");
+    assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "stop");
+}
+
+#[tokio::test]
+async fn usage_comes_last_when_asked_for() {
+    let server = start(|_| length(say("one two"))).await;
+    let body = json!({"prompt": "x", "stream_options": {"include_usage": true}});
+    let chunks = server.stream(PATH, body).await.chunks();
+    let (last, others) = chunks.split_last().unwrap();
+    assert_eq!(last["choices"], json!([]));
+    assert_eq!(last["usage"]["completion_tokens"], say("one two").len());
+    assert!(others.iter().all(|chunk| chunk["usage"].is_null()));
+}
+
+#[tokio::test]
+async fn logprobs_are_columns() {
+    let server = start(|request| {
+        assert_eq!(request.logprobs, Some(1));
+        let id = |text: &str| tokenizer().encode(text, false).unwrap()[0];
+        Ok(vec![
+            Act::TokenWithLogprob(id("a"), -0.5, vec![(id("a"), -0.5)]),
+            Act::TokenWithLogprob(id("b"), -1.5, vec![(id("c"), -0.75)]),
+            Act::Finish(FinishReason::Length),
+        ])
+    })
+    .await;
+    let json = server
+        .post(PATH, &json!({"prompt": "x", "logprobs": 1}))
+        .await
+        .json();
+    assert_eq!(
+        json["choices"][0]["logprobs"],
+        json!({"tokens": ["a", "b"], "token_logprobs": [-0.5, -1.5],
+               "top_logprobs": [{"a": -0.5}, {"c": -0.75}], "text_offset": [0, 1]})
+    );
+}

@@ -1,0 +1,103 @@
+//! Models, health, status, metrics.
+
+use std::time::Duration;
+
+use mlxworker::backend::EngineStats;
+use mlxworker::backend::scripted::Act;
+use serde_json::json;
+
+use super::support::*;
+
+#[tokio::test]
+async fn models() {
+    let server = start_with(|c| c.served_model = "org/name".into(), |_| stop(vec![])).await;
+    let list = server.get("/v1/models").await.json();
+    assert_eq!(list["object"], "list");
+    let card = &list["data"][0];
+    assert_eq!(
+        (card["id"].as_str(), card["object"].as_str()),
+        (Some("org/name"), Some("model"))
+    );
+    assert_eq!(card["max_model_len"], CONTEXT);
+    assert_eq!(&server.get("/v1/models/org/name").await.json(), card);
+    assert_eq!(&server.get("/v1/models/org%2Fname").await.json(), card);
+    assert_eq!(server.get("/v1/models/other").await.status, 404);
+}
+
+#[tokio::test]
+async fn health_means_that_the_engine_steps() {
+    let server = start(|_| stop(vec![])).await;
+    let age = |seconds, running| EngineStats {
+        last_step_age: Duration::from_secs(seconds),
+        running,
+        ..EngineStats::default()
+    };
+    for (stats, status) in [
+        (age(0, 0), 200),
+        (age(10_000, 0), 200),
+        (age(59, 1), 200),
+        (age(61, 1), 503),
+    ] {
+        server.backend.set_stats(stats);
+        let reply = server.get("/health").await;
+        assert_eq!(reply.status, status, "{}", reply.text());
+    }
+    let reply = server.get("/health").await;
+    assert_eq!(reply.json()["error"]["code"], "engine_stalled");
+    assert!(
+        reply.text().contains("has not stepped for 61 s"),
+        "{}",
+        reply.text()
+    );
+}
+
+#[tokio::test]
+async fn status_tells_limits_and_numbers() {
+    let server = start(|_| stop(vec![])).await;
+    server.backend.set_stats(EngineStats {
+        steps: 17,
+        active_bytes: 5,
+        ..EngineStats::default()
+    });
+    let json = server.get("/status").await.json();
+    assert_eq!(json["limits"]["context_length"], CONTEXT);
+    assert_eq!(json["limits"]["max_request_tokens"], 200);
+    assert_eq!(json["engine"]["steps"], 17);
+    assert_eq!(json["memory"]["active_bytes"], 5);
+    assert_eq!(json["chat"]["tool_call_parser"], "hermes");
+    assert_eq!(server.get("/v1/status").await.json()["model"], MODEL);
+}
+
+#[tokio::test]
+async fn metrics_count_requests_and_tokens() {
+    let server = start(|_| {
+        let mut script = vec![Act::Start(2)];
+        script.extend(say("one two"));
+        stop(script)
+    })
+    .await;
+    server.chat(json!({})).await;
+    server.chat_stream(json!({})).await;
+    server.post("/v1/completions", &json!({"prompt": "a"})).await;
+    let text = server.get("/metrics").await.text();
+    let prompts: usize = server
+        .backend
+        .requests()
+        .iter()
+        .map(|request| request.prompt.len())
+        .sum();
+    let replies = 3 * (say("one two").len() + 1);
+    for line in [
+        "mlxworker_requests_total{route=\"chat\",outcome=\"ok\"} 2".to_owned(),
+        "mlxworker_requests_total{route=\"completions\",outcome=\"ok\"} 1".to_owned(),
+        format!("mlxworker_prompt_tokens_total {prompts}"),
+        "mlxworker_cached_prompt_tokens_total 6".to_owned(),
+        format!("mlxworker_completion_tokens_total {replies}"),
+        "mlxworker_time_to_first_token_seconds_count 3".to_owned(),
+        "mlxworker_requests_in_flight 0".to_owned(),
+    ] {
+        assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
+    }
+    let off = start_with(|c| c.metrics = false, |_| stop(vec![])).await;
+    assert_eq!(off.get("/metrics").await.status, 404);
+}
