@@ -77,6 +77,19 @@ fn the_body_arrives_as_it_was_and_credentials_stay() {
     assert_eq!(header("content-length").unwrap(), body.len().to_string());
     assert!(header("authorization").is_none() && header("x-api-key").is_none());
     assert_eq!(header("x-forwarded-for").unwrap(), "127.0.0.1");
+    // What curl sends without a -H.
+    let curl = "Content-Type: application/x-www-form-urlencoded\r\n";
+    let echo = swapd.open("POST", "/v1/embeddings", curl, body).finish().json();
+    let kind = echo["headers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|h| h[0] == "content-type")
+        .unwrap();
+    assert_eq!(
+        (kind[1].as_str(), echo["body"].as_str()),
+        (Some("application/json"), Some(body))
+    );
 }
 
 #[test]

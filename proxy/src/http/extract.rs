@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use api_types::error::ApiError;
 use bytes::Bytes;
+use http::HeaderMap;
+use http::header::CONTENT_TYPE;
 use memchr::memmem;
 
 use super::routes::decode;
@@ -37,6 +39,17 @@ pub fn from_query(query: Option<&str>) -> Result<String, ApiError> {
         .next();
     name.filter(|n| !n.is_empty())
         .ok_or_else(|| ApiError::invalid("model", "is missing from the query"))
+}
+
+/// Whether the headers call the body JSON.
+#[must_use]
+pub fn is_json(headers: &HeaderMap) -> bool {
+    let kind = headers
+        .get(CONTENT_TYPE)
+        .and_then(|v| v.to_str().ok())
+        .unwrap_or_default();
+    let kind = kind.split(';').next().unwrap_or_default().trim();
+    kind.eq_ignore_ascii_case("application/json") || kind.to_ascii_lowercase().ends_with("+json")
 }
 
 /// The name in a body of this content type.

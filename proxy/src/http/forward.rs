@@ -58,7 +58,7 @@ pub(super) async fn by_name(
     client: SocketAddr,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
-    let (parts, incoming) = request.into_parts();
+    let (mut parts, incoming) = request.into_parts();
     let (name, place, body) = if parts.method == http::Method::GET {
         (
             extract::from_query(parts.uri.query())?,
@@ -82,6 +82,12 @@ pub(super) async fn by_name(
         return Err(error::not_permitted(&name));
     }
     let body = filtered(catalog, model, &name, &place, body)?;
+    if place == Place::Json && !extract::is_json(&parts.headers) {
+        // curl's default: the body is JSON all the same, and the model's server should be told so.
+        parts
+            .headers
+            .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    }
     let path = parts
         .uri
         .path_and_query()
