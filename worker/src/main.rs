@@ -25,9 +25,11 @@ fn main() -> ExitCode {
 fn serve(args: ParsedArgs) -> ExitCode {
     let filter =
         EnvFilter::try_from_env("RUST_LOG").unwrap_or_else(|_| EnvFilter::new(&args.knobs.log_level));
+    let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        .with_ansi(colours)
         .init();
     for warning in &args.warnings {
         tracing::warn!("{warning}");

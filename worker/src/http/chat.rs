@@ -11,7 +11,6 @@ use axum::extract::{Request, State};
 use axum::response::Response;
 use bytes::{Bytes, BytesMut};
 use chat_format::{Delivery, Delta, OutputConfig, OutputParser, ParsedOutput};
-use tokio::time::Instant;
 
 use super::choice::Choice;
 use super::errors::{self, Failure};
@@ -28,7 +27,6 @@ pub(super) async fn handle(
     State(service): State<Arc<Service>>,
     request: Request,
 ) -> Result<Response, Failure> {
-    let arrived = Instant::now();
     let mut account = Account::open(&service, Route::Chat)?;
     let prepared = match body::read(request, service.config.max_body).await {
         Ok(body) => prepare(&service, body).await,
@@ -41,7 +39,7 @@ pub(super) async fn handle(
     let (prompt, choices) = opened.inspect_err(|error| account.failed(error))?;
     let id = format!("chatcmpl-{}", random_id());
     let (created, model, n) = (unix_seconds(), service.config.served_model.clone(), choices.len());
-    let run = Run::new(&service, account, arrived, choices, n);
+    let run = Run::new(&service, account, choices, n);
     let wants_logprobs = prompt.generate.logprobs.is_some();
     let response = if prompt.options.stream {
         let chunks = ChatChunks::new(&id, created, &model, prompt.options.include_usage);
@@ -94,7 +92,7 @@ fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<Choice>, ApiErro
         let Generation { events } = service
             .backend
             .submit(request)
-            .map_err(|e| errors::from_submit(&e))?;
+            .map_err(|e| errors::from_submit_of(&e, options.n, service.in_flight() <= 1))?;
         let parser = OutputParser::new(OutputConfig {
             tool_format: prompt.tool_format,
             reasoning: prompt.reasoning,

@@ -11,7 +11,6 @@ use axum::response::Response;
 use bytes::{Bytes, BytesMut};
 use chat_format::Delta;
 use serde_json::Map;
-use tokio::time::Instant;
 
 use super::choice::Choice;
 use super::errors::{self, Failure};
@@ -28,7 +27,6 @@ pub(super) async fn handle(
     State(service): State<Arc<Service>>,
     request: Request,
 ) -> Result<Response, Failure> {
-    let arrived = Instant::now();
     let mut account = Account::open(&service, Route::Completions)?;
     let prepared = match body::read(request, service.config.max_body).await {
         Ok(body) => prepare(&service, body).await,
@@ -57,7 +55,7 @@ pub(super) async fn handle(
             Text { echo, characters: 0 }
         })
         .collect();
-    let run = Run::new(&service, account, arrived, choices, n);
+    let run = Run::new(&service, account, choices, n);
     let response = if prompt.options.stream {
         let chunks = CompletionChunks::new(&id, created, &model, prompt.options.include_usage);
         reply::streamed(
@@ -108,7 +106,8 @@ async fn prepare(service: &Arc<Service>, body: Bytes) -> Result<CompletionPrompt
 /// `n` choices for each prompt.
 fn submit(service: &Service, prompt: &CompletionPrompt) -> Result<Vec<Choice>, ApiError> {
     let options = &prompt.options;
-    let mut choices = Vec::with_capacity(prompt.generate.len() * options.n);
+    let total = prompt.generate.len() * options.n;
+    let mut choices = Vec::with_capacity(total);
     for generate in &prompt.generate {
         for index in 0..options.n {
             let mut request = generate.clone();
@@ -117,7 +116,7 @@ fn submit(service: &Service, prompt: &CompletionPrompt) -> Result<Vec<Choice>, A
             let Generation { events } = service
                 .backend
                 .submit(request)
-                .map_err(|e| errors::from_submit(&e))?;
+                .map_err(|e| errors::from_submit_of(&e, total, service.in_flight() <= 1))?;
             choices.push(Choice::new(
                 &service.tokenizer,
                 events,

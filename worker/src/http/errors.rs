@@ -52,7 +52,7 @@ pub(super) fn engine_dead(reason: &str) -> ApiError {
 }
 
 /// Why the engine did not take a request.
-pub(super) fn from_submit(error: &SubmitError) -> ApiError {
+fn from_submit(error: &SubmitError) -> ApiError {
     match error {
         SubmitError::TooLong { .. } => {
             ApiError::bad_request(error.to_string()).with_code("context_length_exceeded")
@@ -63,6 +63,18 @@ pub(super) fn from_submit(error: &SubmitError) -> ApiError {
         }
         SubmitError::Stopped => ApiError::unavailable("draining", error.to_string(), Some(1)),
         SubmitError::Dead(reason) => engine_dead(reason),
+    }
+}
+
+/// As [`from_submit`], for one of `total` generations of a request. A request that fills the queue all by itself would
+/// do so again, however often it is told to come back.
+pub(super) fn from_submit_of(error: &SubmitError, total: usize, alone: bool) -> ApiError {
+    match error {
+        SubmitError::QueueFull { .. } if alone && total > 1 => ApiError::bad_request(format!(
+            "prompts times n is {total}, more replies than can run and wait here at the same time"
+        ))
+        .with_code("never_fits"),
+        other => from_submit(other),
     }
 }
 

@@ -26,6 +26,18 @@ pub(super) enum Outcome {
     Cancelled,
 }
 
+impl Route {
+    pub(super) fn name(self) -> &'static str {
+        ROUTES.get(self as usize).copied().unwrap_or_default()
+    }
+}
+
+impl Outcome {
+    pub(super) fn name(self) -> &'static str {
+        OUTCOMES.get(self as usize).copied().unwrap_or_default()
+    }
+}
+
 const ROUTES: [&str; 2] = ["chat", "completions"];
 const OUTCOMES: [&str; 4] = ["ok", "client_error", "server_error", "cancelled"];
 /// Upper bounds of the buckets, in milliseconds.

@@ -36,12 +36,10 @@ pub(super) struct Run {
     /// Choices that share a prompt, whose tokens count once.
     per_prompt: usize,
     next: usize,
-    arrived: Instant,
     /// Of the last event, and of the last sign of life to the client.
     last_event: Instant,
     last_sign: Instant,
     started: bool,
-    first_token: bool,
 }
 
 /// Counts the request when it is over, however it ends.
@@ -49,6 +47,9 @@ pub(super) struct Account {
     service: Arc<Service>,
     route: Route,
     outcome: Outcome,
+    arrived: Instant,
+    first_token: Option<Duration>,
+    usage: Usage,
     _in_flight: InFlight,
 }
 
@@ -65,6 +66,9 @@ impl Account {
                     service,
                     route,
                     outcome: Outcome::Cancelled,
+                    arrived: Instant::now(),
+                    first_token: None,
+                    usage: Usage::default(),
                     _in_flight: in_flight,
                 })
             }
@@ -88,6 +92,17 @@ impl Account {
 impl Drop for Account {
     fn drop(&mut self) {
         self.service.metrics.request(self.route, self.outcome);
+        let millis = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        tracing::info!(
+            route = self.route.name(),
+            outcome = self.outcome.name(),
+            prompt_tokens = self.usage.prompt_tokens,
+            cached_tokens = self.usage.prompt_tokens_details.cached_tokens,
+            completion_tokens = self.usage.completion_tokens,
+            first_token_ms = self.first_token.map(millis),
+            total_ms = millis(self.arrived.elapsed()),
+            "request"
+        );
     }
 }
 
@@ -96,7 +111,6 @@ impl Run {
     pub(super) fn new(
         service: &Arc<Service>,
         account: Account,
-        arrived: Instant,
         choices: Vec<Choice>,
         per_prompt: usize,
     ) -> Self {
@@ -108,11 +122,9 @@ impl Run {
             account,
             per_prompt: per_prompt.max(1),
             next: 0,
-            arrived,
             last_event: now,
             last_sign: now,
             started: false,
-            first_token: false,
         }
     }
 
@@ -165,12 +177,14 @@ impl Run {
         self.next = index + 1;
         self.last_event = Instant::now();
         self.started = true;
-        if matches!(
+        let token = matches!(
             event,
             Some(GenerationEvent::Token { .. } | GenerationEvent::Finished { .. })
-        ) && !std::mem::replace(&mut self.first_token, true)
-        {
-            self.service.metrics.first_token(self.arrived.elapsed());
+        );
+        if token && self.account.first_token.is_none() {
+            let after = self.account.arrived.elapsed();
+            self.account.first_token = Some(after);
+            self.service.metrics.first_token(after);
         }
         self.deltas.clear();
         let Some(choice) = self.choices.get_mut(index) else {
@@ -257,6 +271,7 @@ impl Run {
         self.service
             .metrics
             .tokens(usage.prompt_tokens, cached, usage.completion_tokens);
+        self.account.usage = usage;
         usage
     }
 }

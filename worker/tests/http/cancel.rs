@@ -99,11 +99,20 @@ async fn a_refused_choice_cancels_those_before_it() {
         Ok(vec![Act::Hang])
     })
     .await;
-    let reply = server.chat(json!({"n": 3, "seed": 0})).await;
-    assert_eq!(reply.status, 429);
-    assert_eq!(reply.headers["retry-after"], "3");
-    for (_, ending) in server.backend.endings(2).await {
-        cancelled(&ending);
+    // Somebody else is there too, so there may be room later.
+    let other = server.chat(json!({"seed": 7}));
+    let refused = async {
+        server.backend_has_requests(1).await;
+        let reply = server.chat(json!({"n": 3, "seed": 0})).await;
+        assert_eq!(reply.status, 429, "{}", reply.text());
+        assert_eq!(reply.headers["retry-after"], "3");
+        for (_, ending) in server.backend.endings(2).await {
+            cancelled(&ending);
+        }
+    };
+    tokio::select! {
+        _ = other => panic!("it hangs"),
+        () = refused => {}
     }
 }
 

@@ -171,6 +171,27 @@ async fn what_the_engine_refuses() {
     }
 }
 
+/// Told to come back, a request that fills the queue all by itself would do so for ever.
+#[tokio::test]
+async fn a_request_larger_than_the_queue() {
+    let queued = std::sync::atomic::AtomicUsize::new(0);
+    let server = start(
+        move |_| match queued.fetch_add(1, std::sync::atomic::Ordering::Relaxed) {
+            0..3 => Ok(vec![mlxworker::backend::scripted::Act::Hang]),
+            waiting => Err(SubmitError::QueueFull {
+                waiting,
+                retry_after: Duration::from_secs(1),
+            }),
+        },
+    )
+    .await;
+    let reply = server
+        .post("/v1/completions", &json!({"prompt": ["a", "b"], "n": 4}))
+        .await;
+    check(&reply, 400, None, &["prompts times n is 8"]);
+    assert!(!reply.headers.contains_key("retry-after"));
+}
+
 #[tokio::test]
 async fn keys() {
     let server = start_with(|c| c.api_key = Some("sesame".into()), |_| stop(say("ok"))).await;

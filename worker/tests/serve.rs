@@ -1,0 +1,378 @@
+//! The real program with the demo model on MLX: hand-shake, heartbeat, drain, signals, and every way not to start.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use api_types::control::{CONTROL_ENV, CONTROL_STDIN, ProxyCommand, WorkerEvent, to_line};
+use serde_json::{Value, json};
+
+fn demo() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo/model")
+}
+
+fn program(model: &Path, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_mlxworker"));
+    command
+        .arg("serve")
+        .arg(model)
+        .args(arguments)
+        .env_remove(CONTROL_ENV)
+        .env_remove("RUST_LOG");
+    command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    command
+}
+
+/// A worker that dies with the test.
+struct Worker {
+    child: Child,
+    socket: Option<BufReader<UnixStream>>,
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Worker {
+    /// Under control, as swapd starts it.
+    fn supervised(model: &Path, arguments: &[&str]) -> Self {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+        let child = program(model, arguments)
+            .env(CONTROL_ENV, CONTROL_STDIN)
+            .stdin(Stdio::from(OwnedFd::from(theirs)))
+            .spawn()
+            .unwrap();
+        Self {
+            child,
+            socket: Some(BufReader::new(ours)),
+        }
+    }
+
+    fn event(&mut self) -> Option<WorkerEvent> {
+        let mut line = String::new();
+        let n = self.socket.as_mut().unwrap().read_line(&mut line).unwrap();
+        (n > 0).then(|| serde_json::from_str(&line).unwrap())
+    }
+
+    /// Skips what comes before the announcement.
+    fn ready(&mut self) -> (u16, Value) {
+        loop {
+            match self.event().expect("the worker is gone before it was ready") {
+                WorkerEvent::Ready {
+                    port,
+                    pid,
+                    model,
+                    limits,
+                } => {
+                    assert_eq!(pid, self.child.id());
+                    return (port, json!({"model": model, "limits": limits}));
+                }
+                WorkerEvent::Loading { phase, done, total } => {
+                    assert!(phase == "weights" && done <= total && total > 0);
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    fn command(&mut self, command: ProxyCommand) {
+        let socket = self.socket.as_mut().unwrap().get_mut();
+        socket.write_all(to_line(&command).unwrap().as_bytes()).unwrap();
+    }
+
+    fn signal(&self, signal: nix::sys::signal::Signal) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        nix::sys::signal::kill(pid, signal).unwrap();
+    }
+
+    /// Waits for the end, at most that long.
+    fn ended_within(&mut self, limit: Duration) -> ExitStatus {
+        let (sender, receiver) = std::sync::mpsc::channel();
+        let stderr = self.child.stderr.take().unwrap();
+        // The pipe closes with the process.
+        std::thread::spawn(move || {
+            let _ = sender.send(std::io::read_to_string(stderr));
+        });
+        receiver
+            .recv_timeout(limit)
+            .expect("the worker has not ended in time")
+            .unwrap();
+        self.child.wait().unwrap()
+    }
+}
+
+/// Sends a request; gives status and body once the whole answer is here, and what was cut off as it is.
+fn ask(port: u16, path: &str, body: &Value) -> (u16, String) {
+    let mut stream = send(port, path, body);
+    let mut text = String::new();
+    let _ = stream.read_to_string(&mut text);
+    let status = text
+        .split(' ')
+        .nth(1)
+        .unwrap_or_else(|| panic!("{text:?}"))
+        .parse()
+        .unwrap();
+    (status, text)
+}
+
+fn send(port: u16, path: &str, body: &Value) -> TcpStream {
+    let mut stream = TcpStream::connect(("127.0.0.1", port)).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(60))).unwrap();
+    let body = body.to_string();
+    let method = if body == "null" { "GET" } else { "POST" };
+    write!(
+        stream,
+        "{method} {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    )
+    .unwrap();
+    stream
+}
+
+fn chat(max_tokens: usize) -> Value {
+    json!({"messages": [{"role": "user", "content": "hello"}], "max_tokens": max_tokens, "temperature": 0,
+           "ignore_eos": true, "stream": true, "model": "whatever the registry calls it"})
+}
+
+#[test]
+fn a_proxy_gets_ready_heartbeats_and_answers() {
+    let mut worker = Worker::supervised(&demo(), &["--served-model-name", "tiny", "--max-num-seqs", "2"]);
+    let (port, ready) = worker.ready();
+    assert_eq!(ready["model"], "tiny");
+    assert_eq!(ready["limits"]["max_running"], 2);
+    let (status, text) = ask(port, "/v1/chat/completions", &chat(8));
+    assert_eq!(status, 200, "{text}");
+    assert!(text.contains("data: [DONE]"), "{text}");
+    let mut beats = Vec::new();
+    while beats.len() < 2 {
+        if let WorkerEvent::Heartbeat(beat) = worker.event().unwrap() {
+            beats.push(beat);
+        }
+    }
+    assert!(beats[1].steps >= 8 && beats[1].active_bytes > 0, "{beats:?}");
+    worker.command(ProxyCommand::Stop);
+    assert_eq!(worker.ended_within(Duration::from_secs(10)).code(), Some(0));
+}
+
+#[test]
+fn a_worker_ends_with_its_proxy() {
+    let mut worker = Worker::supervised(&demo(), &[]);
+    let (port, _) = worker.ready();
+    let mut running = send(port, "/v1/chat/completions", &chat(4000));
+    let mut first = [0; 64];
+    running.read_exact(&mut first).unwrap();
+    let gone = Instant::now();
+    worker.socket = None;
+    let status = worker.ended_within(Duration::from_secs(10));
+    assert_eq!(status.code(), Some(0), "{status:?}");
+    assert!(gone.elapsed() < Duration::from_secs(2), "{:?}", gone.elapsed());
+}
+
+#[test]
+fn a_proxy_that_goes_while_the_model_loads() {
+    let mut worker = Worker::supervised(&demo(), &[]);
+    worker.socket = None;
+    assert_eq!(worker.ended_within(Duration::from_secs(20)).code(), Some(0));
+}
+
+#[test]
+fn draining_finishes_what_runs() {
+    let mut worker = Worker::supervised(&demo(), &[]);
+    let (port, _) = worker.ready();
+    let mut running = send(port, "/v1/chat/completions", &chat(300));
+    let mut first = [0; 64];
+    running.read_exact(&mut first).unwrap();
+    worker.command(ProxyCommand::Drain);
+    let refused = loop {
+        let (status, text) = ask(port, "/v1/chat/completions", &chat(1));
+        if status != 200 {
+            break (status, text);
+        }
+    };
+    assert!(
+        refused.0 == 503 && refused.1.contains("\"code\":\"draining\""),
+        "{refused:?}"
+    );
+    let mut rest = String::new();
+    running.read_to_string(&mut rest).unwrap();
+    assert!(
+        rest.contains("\"finish_reason\":\"length\"") && rest.contains("data: [DONE]"),
+        "{rest}"
+    );
+    worker.command(ProxyCommand::Stop);
+    assert_eq!(worker.ended_within(Duration::from_secs(10)).code(), Some(0));
+}
+
+#[test]
+fn on_its_own_it_prints_its_address_and_ends_on_sigterm() {
+    let mut child = program(&demo(), &[]).spawn().unwrap();
+    let mut stderr = BufReader::new(child.stderr.take().unwrap());
+    let mut port = None;
+    let mut line = String::new();
+    while port.is_none() && stderr.read_line(&mut line).unwrap() > 0 {
+        let address = line
+            .split("http://127.0.0.1:")
+            .nth(1)
+            .and_then(|rest| rest.split('/').next());
+        port = address.and_then(|port| port.parse::<u16>().ok());
+        line.clear();
+    }
+    let mut worker = Worker { child, socket: None };
+    let port = port.expect("no address on stderr");
+    let (status, text) = ask(port, "/health", &Value::Null);
+    assert_eq!(status, 200, "{text}");
+    let (status, text) = ask(port, "/v1/chat/completions", &chat(1));
+    assert!(
+        status == 404 && text.contains("model_not_found"),
+        "no proxy has chosen the model: {text}"
+    );
+    let mut long = chat(300);
+    long["model"] = "model".into();
+    let mut running = send(port, "/v1/chat/completions", &long);
+    let mut first = [0; 64];
+    running.read_exact(&mut first).unwrap();
+    worker.signal(nix::sys::signal::Signal::SIGTERM);
+    let mut rest = String::new();
+    running.read_to_string(&mut rest).unwrap();
+    assert!(rest.contains("data: [DONE]"), "what runs is finished: {rest}");
+    worker.child.stderr = Some(stderr.into_inner());
+    assert_eq!(worker.ended_within(Duration::from_secs(20)).code(), Some(0));
+}
+
+/// Copies the demo model, lets `break_it` do its work, and gives exit code and message.
+fn start_broken(arguments: &[&str], break_it: impl FnOnce(&Path)) -> (Option<i32>, String) {
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(demo()).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+    }
+    break_it(folder.path());
+    let mut worker = Worker::supervised(folder.path(), arguments);
+    let mut fatal = None;
+    while let Some(event) = worker.event() {
+        match event {
+            WorkerEvent::Fatal { message } => fatal = Some(message),
+            WorkerEvent::Loading { .. } => {}
+            other => panic!("announced, though broken: {other:?}"),
+        }
+    }
+    let mut stderr = String::new();
+    worker
+        .child
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut stderr)
+        .unwrap();
+    let code = worker.child.wait().unwrap().code();
+    let fatal = fatal.unwrap_or_else(|| panic!("no fatal event; stderr: {stderr}"));
+    assert!(
+        stderr.contains(&fatal),
+        "told to proxy and terminal alike: {stderr}"
+    );
+    (code, fatal)
+}
+
+#[test]
+fn what_cannot_be_loaded_is_named() {
+    let write = |name: &'static str, text: &'static str| {
+        move |folder: &Path| std::fs::write(folder.join(name), text).unwrap()
+    };
+    let remove = |name: &'static str| move |folder: &Path| std::fs::remove_file(folder.join(name)).unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    type Case<'a> = (&'a [&'a str], Box<dyn FnOnce(&Path)>, &'a [&'a str]);
+    let cases: [Case<'_>; 11] = [
+        (&[], Box::new(remove("config.json")), &["config.json"]),
+        (
+            &[],
+            Box::new(write("config.json", "{\"model_type\": \"mamba\"}")),
+            &["config.json", "mamba"],
+        ),
+        (&[], Box::new(remove("tokenizer.json")), &["tokenizer.json"]),
+        (&[], Box::new(write("tokenizer.json", "{}")), &["tokenizer.json"]),
+        (
+            &[],
+            Box::new(write("tokenizer_config.json", "{")),
+            &["tokenizer_config.json"],
+        ),
+        (
+            &[],
+            Box::new(write("generation_config.json", "{\"top_p\": 9}")),
+            &["generation_config.json", "top_p: 9"],
+        ),
+        (
+            &[],
+            Box::new(write("chat_template.jinja", "{% if %}")),
+            &["template", "line 1"],
+        ),
+        (&[], Box::new(remove("model.safetensors")), &["safetensors"]),
+        (
+            &[],
+            Box::new(|folder: &Path| {
+                let path = folder.join("model.safetensors");
+                let bytes = std::fs::read(&path).unwrap();
+                std::fs::write(&path, &bytes[..bytes.len() / 2]).unwrap();
+            }),
+            &["model.safetensors"],
+        ),
+        (
+            &["--context-length", "999999"],
+            Box::new(|_: &Path| {}),
+            &["context-length", "999999", "4096"],
+        ),
+        (&["--port", &port], Box::new(|_: &Path| {}), &["--port", &port]),
+    ];
+    for (arguments, break_it, parts) in cases {
+        let (code, message) = start_broken(arguments, break_it);
+        assert_eq!(code, Some(1), "{message}");
+        for part in parts {
+            assert!(message.contains(part), "{part:?} is not in {message:?}");
+        }
+    }
+}
+
+#[test]
+fn a_command_line_that_makes_no_sense() {
+    for (arguments, part) in [
+        (vec!["serve"], "which model"),
+        (vec!["serve", "m", "--max-num-seq", "3"], "--max-num-seqs"),
+        (vec!["serve", "m", "--draft-model", "x"], "--draft-model"),
+        (vec!["sevre"], "serve"),
+    ] {
+        let output = Command::new(env!("CARGO_BIN_EXE_mlxworker"))
+            .args(&arguments)
+            .output()
+            .unwrap();
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}");
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(stderr.contains(part), "{arguments:?}: {stderr}");
+    }
+    let output = Command::new(env!("CARGO_BIN_EXE_mlxworker"))
+        .arg("--help")
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success()
+            && String::from_utf8(output.stdout)
+                .unwrap()
+                .contains("--max-num-seqs")
+    );
+}
