@@ -183,6 +183,75 @@ fn slices_updates_and_views() {
 }
 
 #[test]
+fn arithmetic_and_reductions() {
+    let x = Array::from_slice(&[1.0_f32, -2.0, 4.0], &[1, 3]);
+    let two = Array::from_f32(2.0);
+    close(
+        &x.add(&two)
+            .unwrap()
+            .subtract(&two)
+            .unwrap()
+            .multiply(&two)
+            .unwrap()
+            .divide(&two)
+            .unwrap(),
+        &[1.0, -2.0, 4.0],
+    );
+    close(&x.negative().unwrap(), &[-1.0, 2.0, -4.0]);
+    close(&ops::sigmoid(Array::from_f32(0.0)).unwrap(), &[0.5]);
+    close(&ops::maximum(&x, &two).unwrap(), &[2.0, 2.0, 4.0]);
+    close(
+        &ops::select(x.gt(&two).unwrap(), &two, &x).unwrap(),
+        &[1.0, -2.0, 2.0],
+    );
+    close(
+        &ops::select(x.lt(&two).unwrap(), &two, &x).unwrap(),
+        &[2.0, 2.0, 4.0],
+    );
+    close(&x.eq(&two).unwrap().as_type::<f32>().unwrap(), &[0.0, 0.0, 0.0]);
+    close(&x.sum_axis(-1, true).unwrap(), &[3.0]);
+    close(&x.max_axis(-1, true).unwrap(), &[4.0]);
+    close(&x.cumsum(-1, None, false).unwrap(), &[0.0, 1.0, -1.0]);
+    let total = (1.0_f32.exp() + (-2.0_f32).exp() + 4.0_f32.exp()).ln();
+    close(&x.logsumexp_axis(-1, true).unwrap(), &[total]);
+    let halves = Array::from_slice(&[0_u32, 1, 2, 5], &[4])
+        .floor_divide(Array::from_slice(&[2_u32], &[1]))
+        .unwrap();
+    assert_eq!(halves.to_vec_cast::<u32>().unwrap(), [0, 0, 1, 2]);
+    assert_eq!(
+        ops::arange::<_, u32>(None, 3, None)
+            .unwrap()
+            .to_vec_cast::<u32>()
+            .unwrap(),
+        [0, 1, 2]
+    );
+}
+
+#[test]
+fn shapes() {
+    let x = ramp(&[2, 3]);
+    assert_eq!(x.expand_dims(-1).unwrap().shape(), [2, 3, 1]);
+    assert_eq!(ops::swap_axes(&x, 0, 1).unwrap().shape(), [3, 2]);
+    assert_eq!(ops::concatenate(&[&x, &x], 1).unwrap().shape(), [2, 6]);
+    assert_eq!(ops::stack(&[&x, &x], 0).unwrap().shape(), [2, 2, 3]);
+    assert_eq!(
+        ops::zeros_dtype(&[2, 2], Dtype::Float16).unwrap().dtype(),
+        Dtype::Float16
+    );
+    close(
+        &x.transpose().unwrap().reshape(&[6]).unwrap(),
+        &[
+            -0.4,
+            0.1,
+            -0.4 + 1.0 / 6.0,
+            0.1 + 1.0 / 6.0,
+            -0.4 + 1.0 / 3.0,
+            0.1 + 1.0 / 3.0,
+        ],
+    );
+}
+
+#[test]
 fn random_numbers_follow_their_key() {
     let logits = Array::from_slice(&[0.0_f32; 64], &[1, 64]);
     let draw = |seed: u64| {
@@ -193,6 +262,11 @@ fn random_numbers_follow_their_key() {
     };
     assert_eq!(draw(7), draw(7));
     assert_ne!(draw(7), draw(8));
+    let (one, other) = mlx_rs::random::split(mlx_rs::random::key(7).unwrap(), 2).unwrap();
+    assert_ne!(
+        one.to_vec_cast::<u32>().unwrap(),
+        other.to_vec_cast::<u32>().unwrap()
+    );
 }
 
 #[test]
