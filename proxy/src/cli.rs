@@ -321,6 +321,7 @@ fn start_log(globals: &Globals, logs: &Logs) {
         LogLevel::Error => LevelFilter::ERROR,
     };
     let stdout = matches!(globals.log_to_stdout, LogTo::Proxy | LogTo::Both);
+    logs.echo_models(matches!(globals.log_to_stdout, LogTo::Upstream | LogTo::Both));
     let writer = logs.writer(stdout);
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)

@@ -54,6 +54,28 @@ pub fn find(body: &[u8], key: &str) -> Result<Option<Range<usize>>, Malformed> {
     Ok(None)
 }
 
+/// The values of the first top-level members called `first` and `second`, in one pass.
+///
+/// # Errors
+/// The body is not an object, or is cut off before `first` was found.
+pub fn find_two(body: &[u8], first: &str, second: &str) -> Result<[Option<Range<usize>>; 2], Malformed> {
+    let mut found = [None, None];
+    for member in members(body) {
+        let member = match (member, &found) {
+            (Ok(member), _) => member,
+            (Err(_), [Some(_), _]) => break,
+            (Err(error), _) => return Err(error),
+        };
+        match &mut found {
+            [one @ None, _] if key_is(body, &member, first) => *one = Some(member.value),
+            [_, two @ None] if key_is(body, &member, second) => *two = Some(member.value),
+            [Some(_), Some(_)] => break,
+            _ => {}
+        }
+    }
+    Ok(found)
+}
+
 /// Whether the member's key is `name`, escapes resolved.
 #[must_use]
 pub fn key_is(body: &[u8], member: &Member, name: &str) -> bool {
@@ -220,6 +242,13 @@ mod tests {
         assert_eq!(get(r#"{"a":"unfinished"#, "b"), Err(Malformed { at: 16 }));
         assert_eq!(get(r#"{"a":{"b":[1,2]"#, "b"), Err(Malformed { at: 15 }));
         assert_eq!(get("{}", "model"), Ok(None));
+        let two = |body: &str| find_two(body.as_bytes(), "model", "stream");
+        assert_eq!(
+            two(r#"{"stream":true,"model":1}"#).unwrap(),
+            [Some(23..24), Some(10..14)]
+        );
+        assert_eq!(two(r#"{"model":1, broken"#).unwrap(), [Some(9..10), None]);
+        assert!(two(r#"{"stream":1, broken"#).is_err());
     }
 
     #[test]

@@ -1,7 +1,9 @@
 //! The last lines of the proxy and of each model, bounded, and a live feed of them.
 
 use std::collections::VecDeque;
+use std::io::Write;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use indexmap::IndexMap;
@@ -64,6 +66,8 @@ pub struct Logs {
 struct Inner {
     combined: Mutex<Ring>,
     models: Mutex<IndexMap<ModelId, Ring>>,
+    /// Models' lines go to standard output too.
+    echo: AtomicBool,
     live: broadcast::Sender<Line>,
 }
 
@@ -72,6 +76,7 @@ impl Default for Logs {
         let inner = Inner {
             combined: Mutex::default(),
             models: Mutex::default(),
+            echo: AtomicBool::new(false),
             live: broadcast::channel(LIVE_LINES).0,
         };
         Self {
@@ -81,6 +86,11 @@ impl Default for Logs {
 }
 
 impl Logs {
+    /// Whether models' lines go to standard output too.
+    pub fn echo_models(&self, echo: bool) {
+        self.inner.echo.store(echo, Ordering::Relaxed);
+    }
+
     /// Adds one line; a newline is appended if it has none.
     pub fn push(&self, source: Source, text: &[u8]) {
         let text = text.get(..text.len().min(MAX_LINE)).unwrap_or_default();
@@ -94,6 +104,9 @@ impl Logs {
             text: line.into(),
         };
         if let Source::Model(id) = &line.source {
+            if self.inner.echo.load(Ordering::Relaxed) {
+                let _ = std::io::stdout().write_all(&line.text);
+            }
             self.inner
                 .models
                 .lock()
@@ -134,7 +147,7 @@ impl Logs {
             .unwrap_or_default()
     }
 
-    /// The last lines of one model as text, for error messages.
+    /// The last lines of one model as plain text, for error messages: colours and other escapes are left out.
     #[must_use]
     pub fn tail(&self, model: &str, lines: usize) -> String {
         let models = self.inner.models.lock();
@@ -145,7 +158,7 @@ impl Logs {
         ring.lines
             .iter()
             .skip(skip)
-            .map(|l| String::from_utf8_lossy(&l.text))
+            .map(|l| plain(&String::from_utf8_lossy(&l.text)))
             .collect()
     }
 
@@ -157,6 +170,24 @@ impl Logs {
             stdout,
         }
     }
+}
+
+/// The text without terminal escapes (`ESC [ ... letter`) and other control characters.
+fn plain(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let mut chars = text.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '\u{1b}' if chars.as_str().starts_with('[') => {
+                chars.next();
+                let _ = chars.find(|c| ('@'..='~').contains(c));
+            }
+            '\n' | '\t' => out.push(c),
+            c if c.is_control() => {}
+            c => out.push(c),
+        }
+    }
+    out
 }
 
 /// Where the proxy's own log goes.
@@ -198,6 +229,8 @@ mod tests {
         assert!(logs.model_history("m").len() <= MODEL_BYTES);
         assert_eq!(logs.tail("m", 2), "line 19998\nline 19999\n");
         assert_eq!(logs.history(|s| *s == Source::Proxy), b"own\n");
+        logs.push(model.clone(), b"\x1b[2m10:00\x1b[0m \x1b[1;32mgreen\x1b[0m\r");
+        assert_eq!(logs.tail("m", 1), "10:00 green\n");
         logs.push(model, &[b'x'; 3 * MAX_LINE]);
         assert_eq!(logs.tail("m", 1).len(), MAX_LINE + 1);
     }

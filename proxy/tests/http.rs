@@ -448,3 +448,51 @@ fn connections_to_the_model_are_used_again() {
     }
     assert_eq!(sockets(&pid), before);
 }
+
+#[test]
+fn loading_can_be_watched_and_its_failure_is_an_event() {
+    let config = "
+sendLoadingState: true
+logToStdout: both
+models:
+  slow: {worker: {model: DIR, env: [FAKE_START_MS=1000]}}
+  bad: {worker: {model: DIR, env: [FAKE_START_MS=300, 'FAKE_FAIL=no tensor']}, concurrencyLimit: 1}
+";
+    let swapd = Swapd::start(config);
+    let mut reply = swapd.chat_open("slow", r#""stream":true,"events":3"#);
+    assert_eq!(reply.status, 200);
+    let begun = std::time::Instant::now();
+    assert!(reply.chunk().unwrap().unwrap().contains("reasoning_content"));
+    assert!(begun.elapsed() < std::time::Duration::from_millis(500), "at once");
+    let reply = reply.finish();
+    let text = &reply.body;
+    assert!(
+        reply.complete && text.contains("swapd loading model: slow") && text.contains("Done! ("),
+        "{text}"
+    );
+    assert!(text.ends_with("data: [DONE]\n\n"));
+    // Ready: nothing but the model's bytes.
+    assert!(
+        !swapd
+            .chat("slow", r#""stream":true,"events":2"#)
+            .body
+            .contains("reasoning_content")
+    );
+    std::thread::scope(|scope| {
+        let failing = scope.spawn(|| swapd.chat("bad", r#""stream":true"#));
+        common::eventually("starting", std::time::Duration::from_secs(3), || {
+            (swapd.state("bad") == "starting").then_some(())
+        });
+        assert_eq!(
+            swapd.chat("bad", r#""stream":true"#).status,
+            429,
+            "refused with its own status"
+        );
+        let failed = failing.join().unwrap();
+        assert!(!failed.complete && failed.status == 200, "{failed:?}");
+        let last = failed.body.trim_end().rsplit("data: ").next().unwrap();
+        let error: serde_json::Value = serde_json::from_str(last).unwrap();
+        assert_eq!(error["error"]["code"], "model_start_failed");
+        assert!(error["error"]["message"].as_str().unwrap().contains("no tensor"));
+    });
+}

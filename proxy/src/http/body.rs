@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
+use std::time::Instant;
 
 use api_types::error::ApiError;
 use bytes::{Bytes, BytesMut};
@@ -10,7 +11,9 @@ use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use lifecycle::CutReason;
 use tokio::sync::mpsc;
+use tokio::time::Sleep;
 
+use super::pending::{COMMENT, Pending, SILENCE};
 use crate::activity::Trace;
 use crate::house::Lease;
 use crate::upstream::Conn;
@@ -78,6 +81,8 @@ pub enum Body {
     Full(Bytes),
     /// A model's reply, byte for byte.
     Upstream(Box<UpstreamBody>),
+    /// A model's reply that begins before the model is ready.
+    Pending(Box<Pending>),
     /// Made here piece by piece (logs, events).
     Channel(mpsc::Receiver<Bytes>),
 }
@@ -99,6 +104,7 @@ impl HttpBody for Body {
             Self::Full(bytes) if bytes.is_empty() => Poll::Ready(None),
             Self::Full(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
             Self::Upstream(body) => body.poll(cx),
+            Self::Pending(body) => body.poll(cx),
             Self::Channel(receiver) => receiver
                 .poll_recv(cx)
                 .map(|next| next.map(|bytes| Ok(Frame::data(bytes)))),
@@ -109,6 +115,7 @@ impl HttpBody for Body {
         match self {
             Self::Full(bytes) => bytes.is_empty(),
             Self::Upstream(body) => matches!(body.state, Flow::Done),
+            Self::Pending(body) => body.is_end(),
             Self::Channel(_) => false,
         }
     }
@@ -121,7 +128,7 @@ impl HttpBody for Body {
                 Flow::Done => SizeHint::with_exact(0),
                 Flow::Flushing | Flow::Broken => SizeHint::default(),
             },
-            Self::Channel(_) => SizeHint::default(),
+            Self::Channel(_) | Self::Pending(_) => SizeHint::default(),
         }
     }
 }
@@ -135,6 +142,9 @@ pub struct UpstreamBody {
     trace: Trace,
     /// The reply is a stream of server-sent events: an error can be told in it.
     events: bool,
+    /// Fires after a long silence in a stream of events; `None` until the first wait.
+    silence: Option<Pin<Box<Sleep>>>,
+    last_piece: Instant,
     /// The last bytes ended an event.
     between_events: bool,
 }
@@ -157,6 +167,8 @@ impl UpstreamBody {
             lease: Some(lease),
             trace,
             events,
+            silence: None,
+            last_piece: Instant::now(),
             between_events: true,
         };
         if matches!(&body.state, Flow::Open(incoming, _) if incoming.is_end_stream()) {
@@ -177,10 +189,15 @@ impl UpstreamBody {
                 Flow::Open(..) | Flow::Done => Poll::Ready(None),
             };
         };
-        match ready!(Pin::new(incoming).poll_frame(cx)) {
+        let next = match Pin::new(incoming).poll_frame(cx) {
+            Poll::Ready(next) => next,
+            Poll::Pending => return self.keep_alive(cx),
+        };
+        match next {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     self.trace.piece(data);
+                    self.last_piece = Instant::now();
                     self.between_events = data.ends_with(b"\n\n") || data.ends_with(b"\r\n\r\n");
                 }
                 // A body of known length is not asked for more after its last byte.
@@ -194,6 +211,30 @@ impl UpstreamBody {
                 Poll::Ready(None)
             }
             Some(Err(error)) => Poll::Ready(Some(self.break_off(&error))),
+        }
+    }
+
+    /// A comment after a long silence between two events.
+    ///
+    /// The timer runs on while pieces come and is only looked at when it fires: a busy stream pays nothing for it.
+    fn keep_alive(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        if !self.events {
+            return Poll::Pending;
+        }
+        let timer = self
+            .silence
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(SILENCE)));
+        loop {
+            ready!(timer.as_mut().poll(cx));
+            let quiet = self.last_piece.elapsed();
+            if quiet >= SILENCE && self.between_events {
+                timer.as_mut().reset(tokio::time::Instant::now() + SILENCE);
+                return Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(COMMENT)))));
+            }
+            // In the middle of an event nothing may be put in between.
+            let rest = SILENCE.saturating_sub(quiet);
+            let delay = if rest.is_zero() { SILENCE } else { rest };
+            timer.as_mut().reset(tokio::time::Instant::now() + delay);
         }
     }
 

@@ -14,8 +14,11 @@ use crate::jsonscan;
 /// Where the name stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Place {
-    /// In a JSON object: filters apply.
-    Json,
+    /// In a JSON object: filters apply. Whether it asks for a stream.
+    Json {
+        /// `"stream": true`.
+        stream: bool,
+    },
     /// In a form: these bytes of the body are the name.
     Form(Range<usize>),
     /// In a urlencoded form: these bytes are the encoded name.
@@ -80,7 +83,7 @@ pub fn from_body(content_type: &str, body: &Bytes) -> Result<(String, Place), Ap
             let text = String::from_utf8_lossy(body.get(range.clone()).unwrap_or_default()).replace('+', " ");
             named(decode(&text), Place::Encoded(range))
         }
-        _ => json(body).map(|name| (name, Place::Json)),
+        _ => json(body).map(|(name, stream)| (name, Place::Json { stream })),
     }
 }
 
@@ -92,9 +95,9 @@ fn named(name: String, place: Place) -> Result<(String, Place), ApiError> {
     }
 }
 
-/// The top-level `model` of a JSON body.
-fn json(body: &Bytes) -> Result<String, ApiError> {
-    let value = jsonscan::find(body, "model").map_err(|e| {
+/// The top-level `model` of a JSON body, and whether it asks for a stream.
+fn json(body: &Bytes) -> Result<(String, bool), ApiError> {
+    let [value, stream] = jsonscan::find_two(body, "model", "stream").map_err(|e| {
         ApiError::bad_request(format!(
             "the body is not a JSON object (byte {} of {})",
             e.at,
@@ -102,11 +105,12 @@ fn json(body: &Bytes) -> Result<String, ApiError> {
         ))
     })?;
     let token = value.and_then(|range| body.get(range));
+    let stream = stream.and_then(|range| body.get(range)) == Some(b"true".as_slice());
     let Some(token) = token else {
         return Err(ApiError::invalid("model", "is missing"));
     };
     match jsonscan::string(token) {
-        Some(name) if !name.is_empty() => Ok(name.into_owned()),
+        Some(name) if !name.is_empty() => Ok((name.into_owned(), stream)),
         _ => {
             let shown: String = String::from_utf8_lossy(token).chars().take(60).collect();
             Err(ApiError::invalid(
@@ -173,7 +177,7 @@ pub fn replace_name(body: &Bytes, place: &Place, name: &str) -> Bytes {
     let (range, name) = match place {
         Place::Form(range) => (range, name.to_owned()),
         Place::Encoded(range) => (range, encode(name)),
-        Place::Json | Place::Query => return body.clone(),
+        Place::Json { .. } | Place::Query => return body.clone(),
     };
     let mut out = Vec::with_capacity(body.len() + name.len());
     out.extend_from_slice(body.get(..range.start).unwrap_or_default());
@@ -205,12 +209,15 @@ mod tests {
 
     #[test]
     fn json_and_its_mistakes() {
-        assert_eq!(find("", r#"{"model":"m"}"#).unwrap(), ("m".into(), Place::Json));
+        assert_eq!(
+            find("", r#"{"model":"m"}"#).unwrap(),
+            ("m".into(), Place::Json { stream: false })
+        );
         assert_eq!(
             find("application/x-www-form-urlencoded", r#" {"model":"m"}"#)
                 .unwrap()
                 .1,
-            Place::Json
+            Place::Json { stream: false }
         );
         let message = |b: &str| find("application/json", b).unwrap_err().message;
         assert_eq!(message("{}"), "model: is missing");

@@ -19,6 +19,7 @@ use super::auth::Access;
 use super::body::{self, Body, ReadError, UpstreamBody};
 use super::error;
 use super::extract::{self, Place};
+use super::pending::{self, SILENCE, Shown, Work};
 use super::routes;
 use crate::activity::Trace;
 use crate::catalog::Catalog;
@@ -82,7 +83,7 @@ pub(super) async fn by_name(
         return Err(error::not_permitted(&name));
     }
     let body = filtered(catalog, model, &name, &place, body)?;
-    if place == Place::Json && !extract::is_json(&parts.headers) {
+    if matches!(place, Place::Json { .. }) && !extract::is_json(&parts.headers) {
         // curl's default: the body is JSON all the same, and the model's server should be told so.
         parts
             .headers
@@ -94,7 +95,8 @@ pub(super) async fn by_name(
         .cloned()
         .unwrap_or_else(|| PathAndQuery::from_static("/"));
     let path = routes::upstream_path(path);
-    serve(app, client, model, parts, path, body).await
+    let streams = matches!(place, Place::Json { stream: true });
+    serve(app, catalog, client, model, parts, path, body, streams).await
 }
 
 /// The body as the model's server is to see it.
@@ -109,7 +111,7 @@ fn filtered(
         place,
         catalog.model(model).and_then(|m| m.use_model_name.as_deref()),
     ) {
-        (Place::Json, _) => match catalog.rewrite(name) {
+        (Place::Json { .. }, _) => match catalog.rewrite(name) {
             None => Ok(body),
             Some(rewrite) => rewrite
                 .apply(&body)
@@ -154,7 +156,7 @@ pub(super) async fn by_path(
         .parse()
         .map_err(|_| ApiError::bad_request(format!("the path {path} is malformed")))?;
     let body = read(app, incoming).await?;
-    serve(app, client, model, parts, path, body).await
+    serve(app, catalog, client, model, parts, path, body, false).await
 }
 
 fn redirect(parts: &Parts, to: &str) -> Response<Body> {
@@ -179,16 +181,26 @@ async fn read(app: &App, incoming: Incoming) -> Result<Bytes, ApiError> {
 }
 
 /// Waits for the model, sends it the request and passes the reply back.
+///
+/// A client that asked for a stream gets the head of its reply before the model is ready if it has to wait long, or at
+/// once if it is to see the progress.
+#[allow(clippy::too_many_arguments)]
 async fn serve(
     app: &Arc<App>,
+    catalog: &Catalog,
     client: SocketAddr,
     model: &ModelId,
     parts: Parts,
     path: PathAndQuery,
     body: Bytes,
+    streams: bool,
 ) -> Result<Response<Body>, ApiError> {
     let asked = parts.uri.path().to_owned();
-    let mut trace = app.activity.begin(
+    let shows = streams
+        && asked.starts_with("/v1/chat/completions")
+        && catalog.model(model).is_some_and(|m| m.send_loading_state)
+        && app.house.status(model).is_none_or(|s| s.state != State::Ready);
+    let trace = app.activity.begin(
         model.clone(),
         parts.method.clone(),
         asked,
@@ -198,10 +210,34 @@ async fn serve(
     *request.method_mut() = parts.method;
     *request.headers_mut() = parts.headers;
     tidy_request(request.headers_mut(), client);
+    let work = work(app.clone(), model.clone(), request, path, trace);
+    if !streams {
+        return work.await;
+    }
+    let mut work: Work = Box::pin(work);
+    let (patience, shown) = if shows {
+        (Duration::ZERO, Shown::Progress(model.to_string()))
+    } else {
+        (SILENCE, Shown::Comments)
+    };
+    // Looked at once even without patience: what is refused at once is refused with its own status.
+    match tokio::time::timeout(patience, &mut work).await {
+        Ok(result) => result,
+        Err(_) => Ok(pending::begin(work, shown)),
+    }
+}
+
+async fn work(
+    app: Arc<App>,
+    model: ModelId,
+    request: Request<Full<Bytes>>,
+    path: PathAndQuery,
+    mut trace: Trace,
+) -> Result<Response<Body>, ApiError> {
     let running = trace.running.clone();
     let result = tokio::select! {
         biased;
-        result = exchange(app, model, request, &path, &mut trace) => result,
+        result = exchange(&app, &model, request, &path, &mut trace) => result,
         () = running.cancelled() => Err(error::cancelled()),
     };
     match result {

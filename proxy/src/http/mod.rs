@@ -10,6 +10,7 @@ pub mod extract;
 pub mod forward;
 pub mod listing;
 pub mod metrics;
+pub mod pending;
 pub mod routes;
 
 use std::convert::Infallible;

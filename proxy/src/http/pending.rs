@@ -1,0 +1,196 @@
+//! A streamed reply that begins before its model is ready: comments or progress first, then the model's own bytes.
+//!
+//! Once the head has been sent a failure can only be told in the stream: as an error event, after which the client's
+//! connection is closed without the end mark.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use api_types::error::ApiError;
+use bytes::Bytes;
+use http::Response;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue};
+use http_body::{Body as _, Frame};
+use serde_json::json;
+use tokio::time::Sleep;
+
+use super::body::{Body, Broken};
+
+/// Silence after which a comment keeps the connection alive.
+pub const SILENCE: Duration = Duration::from_secs(15);
+/// Time between two signs of progress.
+const PROGRESS: Duration = Duration::from_millis(750);
+/// Most of a plain reply (an error) that is quoted in an event.
+const MAX_QUOTED: usize = 64 * 1024;
+
+/// A comment of server-sent events: every reader skips it.
+pub const COMMENT: &[u8] = b": keep-alive\n\n";
+
+/// The work that ends in a reply.
+pub type Work = Pin<Box<dyn Future<Output = Result<Response<Body>, ApiError>> + Send>>;
+
+/// What the client sees while it waits.
+#[derive(Clone, Debug)]
+pub enum Shown {
+    /// Comments now and then.
+    Comments,
+    /// The progress of loading this model, as reasoning text of a chat completion.
+    Progress(String),
+}
+
+/// The body of a reply that has begun early.
+pub struct Pending {
+    state: State,
+    shown: Shown,
+    begun: Instant,
+    queue: Vec<Bytes>,
+}
+
+enum State {
+    Waiting(Work, Pin<Box<Sleep>>),
+    Streaming(Box<Body>),
+    /// The rest of a plain reply is collected, to be told as an event.
+    Quoting(Box<Body>, Vec<u8>),
+    /// The event is on its way; then the connection is closed.
+    Flushing,
+    Broken,
+}
+
+impl std::fmt::Debug for Pending {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pending")
+            .field("shown", &self.shown)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Begins the reply now.
+#[must_use]
+pub fn begin(work: Work, shown: Shown) -> Response<Body> {
+    let (delay, queue) = match &shown {
+        Shown::Comments => (SILENCE, vec![Bytes::from_static(COMMENT)]),
+        Shown::Progress(model) => (
+            PROGRESS,
+            vec![
+                reasoning("━━━━━\n"),
+                reasoning(&format!("swapd loading model: {model}\n")),
+            ],
+        ),
+    };
+    let state = State::Waiting(work, Box::pin(tokio::time::sleep(delay)));
+    let body = Pending {
+        state,
+        shown,
+        begun: Instant::now(),
+        queue,
+    };
+    let mut response = Response::new(Body::Pending(Box::new(body)));
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    headers.insert(
+        HeaderName::from_static("x-accel-buffering"),
+        HeaderValue::from_static("no"),
+    );
+    response
+}
+
+fn reasoning(text: &str) -> Bytes {
+    let chunk = json!({"choices": [{"index": 0, "delta": {"reasoning_content": text}}]});
+    Bytes::from(format!("data: {chunk}\n\n"))
+}
+
+impl Pending {
+    /// Whether the reply's own bytes have all been passed on.
+    pub(super) fn is_end(&self) -> bool {
+        matches!(&self.state, State::Streaming(body) if self.queue.is_empty() && body.is_end_stream())
+    }
+
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        loop {
+            if !self.queue.is_empty() {
+                return Poll::Ready(Some(Ok(Frame::data(self.queue.remove(0)))));
+            }
+            match &mut self.state {
+                State::Waiting(work, timer) => match work.as_mut().poll(cx) {
+                    Poll::Ready(result) => self.answered(result),
+                    Poll::Pending => {
+                        std::task::ready!(timer.as_mut().poll(cx));
+                        let (delay, piece) = match &self.shown {
+                            Shown::Comments => (SILENCE, Bytes::from_static(COMMENT)),
+                            Shown::Progress(_) => (PROGRESS, reasoning(".")),
+                        };
+                        timer.as_mut().reset(tokio::time::Instant::now() + delay);
+                        self.queue.push(piece);
+                    }
+                },
+                State::Streaming(body) => return Pin::new(body.as_mut()).poll_frame(cx),
+                State::Quoting(body, text) => match std::task::ready!(Pin::new(body.as_mut()).poll_frame(cx))
+                {
+                    Some(Ok(frame)) => {
+                        let data = frame.into_data().unwrap_or_default();
+                        let room = MAX_QUOTED.saturating_sub(text.len()).min(data.len());
+                        text.extend_from_slice(data.get(..room).unwrap_or_default());
+                    }
+                    Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                    None => {
+                        let quoted = std::mem::take(text);
+                        self.quote(&quoted);
+                    }
+                },
+                State::Flushing => {
+                    self.state = State::Broken;
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                State::Broken => return Poll::Ready(Some(Err(Broken))),
+            }
+        }
+    }
+
+    fn answered(&mut self, result: Result<Response<Body>, ApiError>) {
+        match result {
+            Err(error) => {
+                self.queue
+                    .push(Bytes::from(format!("data: {}\n\n", error.to_json())));
+                self.state = State::Flushing;
+            }
+            Ok(response) => {
+                let (parts, body) = response.into_parts();
+                let kind = parts
+                    .headers
+                    .get(CONTENT_TYPE)
+                    .map(HeaderValue::as_bytes)
+                    .unwrap_or_default();
+                if parts.status.is_success() && kind.starts_with(b"text/event-stream") {
+                    if matches!(self.shown, Shown::Progress(_)) {
+                        let seconds = self.begun.elapsed().as_secs_f64();
+                        self.queue
+                            .push(reasoning(&format!("\nDone! ({seconds:.2}s)\n━━━━━\n")));
+                    }
+                    self.state = State::Streaming(Box::new(body));
+                } else {
+                    self.state = State::Quoting(Box::new(body), Vec::new());
+                }
+            }
+        }
+    }
+
+    /// Tells a plain reply as an event: an error's own JSON, or its text in an envelope.
+    fn quote(&mut self, text: &[u8]) {
+        let own = serde_json::from_slice::<serde_json::Value>(text)
+            .ok()
+            .filter(|v| v.get("error").is_some());
+        let event = own.map_or_else(
+            || {
+                ApiError::internal(String::from_utf8_lossy(text))
+                    .with_code("upstream_error")
+                    .to_json()
+            },
+            |value| value.to_string(),
+        );
+        self.queue.push(Bytes::from(format!("data: {event}\n\n")));
+        self.state = State::Flushing;
+    }
+}
