@@ -11,7 +11,7 @@ build:
 
 test:
 	cargo test --workspace
-	tests/run
+	tests/run --debug
 
 bench: build
 	tests/bench/run
