@@ -1,5 +1,6 @@
 """Fixtures: servers that leave nothing behind."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import harness  # noqa: E402
 def pytest_configure(config):
     if not (harness.SWAPD and harness.MLXWORKER):
         raise pytest.UsageError("SWAPD and MLXWORKER name the programs to test; tests/run sets them")
+    # Ended from outside, the tests still end what they have started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "models/demo/model"
+DEMO = Path(os.environ.get("DEMO_MODEL", ROOT / "models/demo/model"))
 SWAPD = os.environ.get("SWAPD", "")
 MLXWORKER = os.environ.get("MLXWORKER", "")
 
@@ -65,7 +65,7 @@ class Program:
     def __init__(self, command, directory, env=None):
         self.mark = uuid.uuid4().hex
         self.output = Path(directory) / f"output-{self.mark[:8]}.txt"
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "MLXWORKER_", "SWAPD_"))}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "MLXWORKER_", "SWAPD_", "HF_"))}
         environment |= {MARK: self.mark} | (env or {})
         with self.output.open("wb") as output:
             self.process = subprocess.Popen([str(c) for c in command], env=environment, stdin=subprocess.DEVNULL,
@@ -166,7 +166,7 @@ class Swapd(Server):
 
 
 def chat_body(text, model="demo", **more):
-    return {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0} | more
+    return {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 120} | more
 
 
 def demo(**more):

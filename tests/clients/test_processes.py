@@ -99,6 +99,7 @@ def test_sigkill_of_the_worker_before_the_reply_is_502(start_swapd):
     swapd = start_swapd(ONE)
     assert swapd.chat("Hello").status_code == 200
     worker = swapd.worker()
+    eventually(lambda: swapd.status()["requests"]["running"] == 0, "the first request has left the engine", 5)
 
     def kill():
         eventually(lambda: swapd.status()["requests"]["running"], "the request runs", 10)

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 import models
-from harness import DEMO, MLXWORKER, Program, Server, Stream, chat_body, endless, error_of
+from harness import DEMO, MLXWORKER, Program, Server, Stream, chat_body, endless, error_of, eventually
 
 
 def serve(*arguments):
@@ -81,6 +81,8 @@ def test_a_signal_ends_it_in_the_middle_of_a_stream(launch):
     with Stream(server, **endless()) as stream:
         stream.content()
         server.signal(signal.SIGINT)
+        # Requests that run may finish, until a second signal says that it is urgent.
+        eventually(lambda: "shutting down" in server.written(), "the first signal is heard", 5)
         server.signal(signal.SIGINT)
         server.wait(10)
         # A reply of 3000 tokens cannot have come to its end.

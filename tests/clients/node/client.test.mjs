@@ -25,6 +25,7 @@ const body = (content, more = {}) => ({
   model: "demo",
   messages: [{ role: "user", content }],
   temperature: 0,
+  max_tokens: 120,
   ...more,
 });
 const ask = (content, more) => client.chat.completions.create(body(content, more));
@@ -122,7 +123,7 @@ test("a tool is called and its result makes the round", async () => {
   assert.deepEqual(JSON.parse(call.function.arguments), { city: "Paris" });
   const result = { role: "tool", tool_call_id: call.id, content: JSON.stringify({ temperature: 21, condition: "sunny" }) };
   const messages = [question, first.message, result];
-  const second = await client.chat.completions.create({ model: "demo", messages, tools: [WEATHER], temperature: 0 });
+  const second = await client.chat.completions.create({ model: "demo", messages, tools: [WEATHER], temperature: 0, max_tokens: 120 });
   assert.equal(second.choices[0].finish_reason, "stop");
   assert.match(second.choices[0].message.content, /21/);
 });
@@ -157,9 +158,9 @@ test("a bad field is BadRequestError with its name", async () => {
 test("requests at the same time get what each gets alone", async () => {
   const prompts = [COUNT, "Who are you?", "What is swapd?", "Say the alphabet", "What is MLX?", "What is a token?"];
   const alone = [];
-  for (const prompt of prompts) alone.push(await text(prompt, { max_tokens: 80 }));
+  for (const prompt of prompts) alone.push(await text(prompt));
   const together = await Promise.all(
-    prompts.map(async (prompt) => (await joined(await ask(prompt, { max_tokens: 80, stream: true }))).content),
+    prompts.map(async (prompt) => (await joined(await ask(prompt, { stream: true }))).content),
   );
   assert.deepEqual(together, alone);
 });
