@@ -4,6 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use knobs::{Command, ParsedArgs};
+use mlxworker::serve::Failed;
 use tracing_subscriber::EnvFilter;
 
 /// A command line that makes no sense.
@@ -50,10 +51,7 @@ fn serve(args: ParsedArgs) -> ExitCode {
             tracing::info!("ended: {ending:?}");
             ExitCode::SUCCESS
         }
-        Err(error) => {
-            complain(&format!("{error:#}"));
-            ExitCode::FAILURE
-        }
+        Err(Failed) => ExitCode::FAILURE,
     }
 }
 

@@ -18,82 +18,129 @@ mod startup;
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use api_types::control::WorkerEvent;
 use knobs::ParsedArgs;
 use tokio::net::TcpSocket;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
 
 pub use control::Control;
 pub use hub::{HubPlaces, resolve_model};
 pub use server::{Ending, Signals, serve};
 
-use crate::backend::Backend;
-use crate::engine::{Engine, EngineConfig};
+use crate::backend::{Backend, EngineState};
+use crate::engine::{Engine, EngineConfig, StartError};
 use crate::http::Service;
+
+/// A worker could not serve, or not any more. Why has been told, on standard error and to the proxy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Failed;
+
+/// Time for a loading that nobody waits for any more to come to its end.
+const LOADING_END: Duration = Duration::from_secs(5);
+
+/// How far the engine has come, for the end.
+enum Started {
+    Nothing,
+    Loading(JoinHandle<Result<Engine, StartError>>),
+    Engine(Arc<dyn Backend>),
+}
 
 /// Runs a worker to its end.
 ///
 /// # Errors
-/// Whatever keeps it from serving, and the engine's death: the message is for a person, the exit code is to be
-/// non-zero. It has been told to the proxy already.
-pub async fn run(args: ParsedArgs) -> Result<Ending> {
-    let mut control = Control::from_environment()?;
-    match start_and_serve(&args, control.as_mut()).await {
+/// [`Failed`] for whatever keeps it from serving, and for the engine's death.
+pub async fn run(args: ParsedArgs) -> Result<Ending, Failed> {
+    let mut control = None;
+    let mut started = Started::Nothing;
+    let result = match Control::from_environment() {
+        Ok(found) => {
+            control = found;
+            start_and_serve(&args, control.as_mut(), &mut started).await
+        }
+        Err(error) => Err(error),
+    };
+    let result = match result {
         Ok(ending) => Ok(ending),
         Err(error) => {
+            let message = format!("{error:#}");
+            say(&message);
             if let Some(control) = &mut control {
-                control
-                    .send(&WorkerEvent::Fatal {
-                        message: format!("{error:#}"),
-                    })
-                    .await;
+                control.send(&WorkerEvent::Fatal { message }).await;
             }
-            Err(error)
+            Err(Failed)
         }
+    };
+    // A process that ends while another thread is inside MLX may crash on its way out, and lose its exit code.
+    let engine = match started {
+        Started::Nothing => None,
+        Started::Loading(loading) => match timeout(LOADING_END, loading).await {
+            Ok(Ok(Ok(engine))) => Some(Arc::new(engine) as Arc<dyn Backend>),
+            _ => None,
+        },
+        Started::Engine(engine) => Some(engine),
+    };
+    if let Some(engine) = engine
+        && result != Ok(Ending::ProxyGone)
+    {
+        engine.stop();
+        let mut state = engine.state();
+        let _ = timeout(
+            LOADING_END,
+            state.wait_for(|state| *state != EngineState::Running),
+        )
+        .await;
     }
+    result
 }
 
-async fn start_and_serve(args: &ParsedArgs, mut control: Option<&mut Control>) -> Result<Ending> {
+/// Leaves in `started` what has been started.
+async fn start_and_serve(
+    args: &ParsedArgs,
+    mut control: Option<&mut Control>,
+    started: &mut Started,
+) -> Result<Ending> {
     let knobs = &args.knobs;
     let folder = resolve_model(&args.model, &HubPlaces::from_environment())?;
     let socket = reserve_port(&knobs.host, knobs.port)?;
-    let text_folder = folder.clone();
     let text = tokio::task::spawn_blocking({
-        let (args, supervised) = (args.clone(), control.is_some());
-        move || startup::Text::load(&args, &text_folder, supervised)
+        let (args, folder, supervised) = (args.clone(), folder.clone(), control.is_some());
+        move || startup::Text::load(&args, &folder, supervised)
     });
-    let engine = Engine::start(
-        EngineConfig {
-            model: folder,
-            mapped: knobs.weights == "mmap",
-            context_length: knobs.context_length.map(size).transpose()?,
-            max_running: size(knobs.max_num_seqs)?,
-            max_waiting: size(knobs.max_waiting)?,
-            prefill_chunk: size(knobs.prefill_step_size)?,
-            buffer_cache_bytes: size(knobs.mlx_cache_limit_mb)?.saturating_mul(1 << 20),
-        },
-        progress(control.as_deref()),
-    );
-    let started = async {
-        let text = async { text.await.context("loading the tokenizer")? };
-        let engine = async { engine.await.map_err(anyhow::Error::from) };
-        tokio::try_join!(text, engine)
+    let config = EngineConfig {
+        model: folder,
+        mapped: knobs.weights == "mmap",
+        context_length: knobs.context_length.map(size).transpose()?,
+        max_running: size(knobs.max_num_seqs)?,
+        max_waiting: size(knobs.max_waiting)?,
+        prefill_chunk: size(knobs.prefill_step_size)?,
+        buffer_cache_bytes: size(knobs.mlx_cache_limit_mb)?.saturating_mul(1 << 20),
     };
-    let loaded = match control.as_deref_mut() {
+    *started = Started::Loading(tokio::spawn(Engine::start(config, progress(control.as_deref()))));
+    // Both are under way; what is wrong with the text shows first.
+    let loaded = async {
+        let text = text.await.context("loading the tokenizer")??;
+        let Started::Loading(engine) = started else {
+            bail!("the engine was not started")
+        };
+        let engine = engine.await;
+        *started = Started::Nothing;
+        let engine: Arc<dyn Backend> = Arc::new(engine.context("loading the model")??);
+        *started = Started::Engine(Arc::clone(&engine));
+        Ok((text, engine))
+    };
+    let (text, backend) = match control.as_deref_mut() {
         // A proxy that dies while a big model loads must not leave the loading behind.
         Some(control) => tokio::select! {
-            loaded = started => Some(loaded),
-            () = control.gone_or_stopped() => None,
+            loaded = loaded => loaded?,
+            () = control.gone_or_stopped() => return Ok(Ending::Stopped),
         },
-        None => Some(started.await),
+        None => loaded.await?,
     };
-    let Some(loaded) = loaded else {
-        return Ok(Ending::Stopped);
-    };
-    let (text, engine) = loaded?;
-    let backend: Arc<dyn Backend> = Arc::new(engine);
     let service = Service::new(text.into_parts(Arc::clone(&backend))?);
     let listener = socket.listen(1024).context("listening")?;
     let address = listener.local_addr().context("the listening address")?;
