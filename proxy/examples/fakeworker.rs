@@ -116,7 +116,11 @@ async fn main() {
     loop {
         let (stream, _) = listener.accept().await.unwrap();
         stream.set_nodelay(true).unwrap();
-        tokio::spawn(http1::Builder::new().serve_connection(TokioIo::new(stream), service_fn(answer)));
+        tokio::spawn(
+            http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service_fn(answer))
+                .with_upgrades(),
+        );
     }
 }
 
@@ -181,7 +185,29 @@ impl Drop for Watch {
     }
 }
 
+/// Any upgrade is granted, and every byte comes back.
+fn upgrade(mut request: Request<Incoming>) -> Response<Stream> {
+    let granted = hyper::upgrade::on(&mut request);
+    tokio::spawn(async move {
+        let (mut read, mut write) = tokio::io::split(TokioIo::new(granted.await.unwrap()));
+        let _ = tokio::io::copy(&mut read, &mut write).await;
+        journal("upgrade ended");
+    });
+    let mut response = Response::new(Stream::text(""));
+    *response.status_mut() = http::StatusCode::SWITCHING_PROTOCOLS;
+    response
+        .headers_mut()
+        .insert("connection", "upgrade".parse().unwrap());
+    response
+        .headers_mut()
+        .insert("upgrade", request.headers()["upgrade"].clone());
+    response
+}
+
 async fn answer(request: Request<Incoming>) -> Result<Response<Stream>, Infallible> {
+    if request.headers().contains_key("upgrade") {
+        return Ok(upgrade(request));
+    }
     let (parts, body) = request.into_parts();
     let Ok(body) = body.collect().await else {
         return Ok(Response::new(Stream::text("broken")));

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use parking_lot::Mutex;
 use registry::{Code, Diagnostic, Globals, LogLevel, LogTo, Options, Registry, Severity};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -270,6 +271,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
             activity,
             house,
             reloader,
+            profile: Mutex::new(None),
             max_body: MAX_BODY,
             started_unix: now,
         });

@@ -6,6 +6,7 @@
 //! | `serve`     | listener, signals, end                                                                         |
 //! | `http`      | routes, bodies, errors, forwarding                                                             |
 //! | `jsonscan`  | finds `model` in a body without building a tree                                                |
+//! | `select`    | a requested name to a model: profiles, selectors                                               |
 //! | `catalog`   | the registry in force, names looked up                                                         |
 //! | `residency` | the registry's groups and matrix as the lifecycle asks for them                                |
 //! | `house`     | shell around the pure `lifecycle`: events in, effects out                                      |
@@ -31,6 +32,7 @@ pub mod process;
 pub mod reload;
 pub mod residency;
 pub mod rewrite;
+pub mod select;
 pub mod serve;
 pub mod upstream;
 pub mod usage;

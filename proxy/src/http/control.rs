@@ -6,6 +6,7 @@ use api_types::error::ApiError;
 use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{Request, Response, StatusCode};
+use hyper::body::Incoming;
 use lifecycle::{ModelId, State};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;
@@ -23,12 +24,12 @@ use crate::logs::Source;
 /// Pieces of a live feed that wait for a slow reader.
 const FEED_PIECES: usize = 64;
 
-pub(super) async fn answer<B>(
+pub(super) async fn answer(
     app: &Arc<App>,
     catalog: &Arc<Catalog>,
     access: &Access,
     route: Route,
-    request: &Request<B>,
+    request: Request<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
     if *access != Access::All && !matches!(route, Route::Models | Route::Model(_)) {
         return Err(error::not_permitted(request.uri().path()));
@@ -37,7 +38,7 @@ pub(super) async fn answer<B>(
         Route::Home => Ok(text("swapd is running\n")),
         Route::Models => Ok(with_origin(
             json_reply(&listing::models(app, catalog, access)),
-            request,
+            &request,
         )),
         Route::Model(name) => {
             let Some(id) = catalog.resolve(&name) else {
@@ -82,8 +83,13 @@ pub(super) async fn answer<B>(
             ))
         }
         Route::Reload => reload(app).await,
+        Route::Profiles => Ok(json_reply(&profiles(app, catalog))),
+        Route::ActiveProfile => {
+            let body = super::forward::read(app, request.into_body()).await?;
+            switch_profile(app, catalog, &body)
+        }
         Route::Logs => Ok(text(app.house.logs.history(|_| true))),
-        Route::LogStream(source) => log_stream(app, source.as_deref(), request),
+        Route::LogStream(source) => log_stream(app, source.as_deref(), &request),
         Route::Version => Ok(json_reply(
             &json!({"version": env!("CARGO_PKG_VERSION"), "commit": "unknown", "build_date": "unknown"}),
         )),
@@ -117,6 +123,38 @@ fn find(app: &App, name: &str) -> Result<ModelId, ApiError> {
         .resolve(name)
         .cloned()
         .ok_or_else(|| error::unknown_model(&catalog, name))
+}
+
+fn profiles(app: &App, catalog: &Catalog) -> Value {
+    let rows = catalog.registry.profiles.iter();
+    let rows = rows.map(|(name, p)| json!({"name": name, "description": p.description, "pins": p.pins}));
+    json!({"active": *app.profile.lock(), "profiles": rows.collect::<Vec<_>>()})
+}
+
+/// `{"name": "..."}` switches a profile on, `{"name": null}` the active one off.
+fn switch_profile(app: &App, catalog: &Catalog, body: &[u8]) -> Result<Response<Body>, ApiError> {
+    let body: Value =
+        serde_json::from_slice(body).map_err(|e| ApiError::bad_request(format!("no JSON: {e}")))?;
+    let name = match body.get("name") {
+        Some(Value::Null) => None,
+        Some(Value::String(name)) => Some(name.clone()),
+        Some(other) => {
+            return Err(ApiError::invalid(
+                "name",
+                format!("{other} is neither a name nor null"),
+            ));
+        }
+        None => return Err(ApiError::invalid("name", "is missing")),
+    };
+    if let Some(name) = name
+        .as_ref()
+        .filter(|n| !catalog.registry.profiles.contains_key(*n))
+    {
+        return Err(ApiError::not_found(format!("there is no profile '{name}'")));
+    }
+    tracing::info!(profile = ?name, "switched");
+    *app.profile.lock() = name;
+    Ok(json_reply(&profiles(app, catalog)))
 }
 
 async fn reload(app: &App) -> Result<Response<Body>, ApiError> {

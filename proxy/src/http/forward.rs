@@ -20,10 +20,12 @@ use super::body::{self, Body, ReadError, UpstreamBody};
 use super::error;
 use super::extract::{self, Place};
 use super::pending::{self, SILENCE, Shown, Work};
-use super::routes;
+use super::{routes, websocket};
 use crate::activity::Trace;
 use crate::catalog::Catalog;
 use crate::house::Lease;
+use crate::rewrite::Rewrite;
+use crate::select::{self, Choice, Nowhere};
 use crate::upstream::{self, Conn};
 
 /// Headers that belong to one connection (RFC 9110, section 7.6.1), and those that hyper sets itself.
@@ -59,6 +61,21 @@ pub(super) async fn by_name(
     client: SocketAddr,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
+    let profile = app.profile.lock().clone();
+    let find = |name: &str| {
+        let choice = select::follow(catalog, profile.as_deref(), name, |m| app.house.status(m));
+        let choice = choice.map_err(|e| e.to_error(catalog, name))?;
+        if access.permits(&choice.model, name) {
+            Ok(choice)
+        } else {
+            Err(error::not_permitted(name))
+        }
+    };
+    if websocket::is_upgrade(request.headers()) {
+        let choice = find(&extract::from_query(request.uri().query())?)?;
+        let path = routes::upstream_path(path_of(request.uri()));
+        return websocket::forward(app, client, &choice.model, request, &path).await;
+    }
     let (mut parts, incoming) = request.into_parts();
     let (name, place, body) = if parts.method == http::Method::GET {
         (
@@ -76,25 +93,16 @@ pub(super) async fn by_name(
         let (name, place) = extract::from_body(kind, &body)?;
         (name, place, body)
     };
-    let Some(model) = catalog.resolve(&name) else {
-        return Err(error::unknown_model(catalog, &name));
-    };
-    if !access.permits(model, &name) {
-        return Err(error::not_permitted(&name));
-    }
-    let body = filtered(catalog, model, &name, &place, body)?;
+    let choice = find(&name)?;
+    let model = &choice.model;
+    let body = filtered(catalog, &choice, &name, &place, body)?;
     if matches!(place, Place::Json { .. }) && !extract::is_json(&parts.headers) {
         // curl's default: the body is JSON all the same, and the model's server should be told so.
         parts
             .headers
             .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     }
-    let path = parts
-        .uri
-        .path_and_query()
-        .cloned()
-        .unwrap_or_else(|| PathAndQuery::from_static("/"));
-    let path = routes::upstream_path(path);
+    let path = routes::upstream_path(path_of(&parts.uri));
     let streams = matches!(place, Place::Json { stream: true });
     serve(app, catalog, client, model, parts, path, body, streams).await
 }
@@ -102,24 +110,40 @@ pub(super) async fn by_name(
 /// The body as the model's server is to see it.
 fn filtered(
     catalog: &Catalog,
-    model: &ModelId,
+    choice: &Choice,
     name: &str,
     place: &Place,
     body: Bytes,
 ) -> Result<Bytes, ApiError> {
-    match (
-        place,
-        catalog.model(model).and_then(|m| m.use_model_name.as_deref()),
-    ) {
-        (Place::Json { .. }, _) => match catalog.rewrite(name) {
-            None => Ok(body),
-            Some(rewrite) => rewrite
-                .apply(&body)
-                .map_err(|e| ApiError::bad_request(format!("the body is not a JSON object (byte {})", e.at))),
-        },
-        (Place::Form(_) | Place::Encoded(_), Some(real)) => Ok(extract::replace_name(&body, place, real)),
-        _ => Ok(body),
+    let Some(entry) = catalog.model(&choice.model) else {
+        return Ok(body);
+    };
+    let real = entry.use_model_name.as_deref().or(choice.target.as_deref());
+    let changed = match (place, &choice.target) {
+        (Place::Json { .. }, None) => catalog.rewrite(name).map(|r| r.apply(&body)),
+        // A selector's or a pin's target: the filters of that name, which are not prepared.
+        (Place::Json { .. }, Some(target)) => {
+            Rewrite::new(&entry.filters, real, target).map(|r| r.apply(&body))
+        }
+        (Place::Form(_) | Place::Encoded(_), _) => {
+            return Ok(real.map_or(body.clone(), |real| extract::replace_name(&body, place, real)));
+        }
+        (Place::Query, _) => None,
+    };
+    match changed {
+        None => Ok(body),
+        Some(Ok(changed)) => Ok(changed),
+        Some(Err(e)) => Err(ApiError::bad_request(format!(
+            "the body is not a JSON object (byte {})",
+            e.at
+        ))),
     }
+}
+
+fn path_of(uri: &Uri) -> PathAndQuery {
+    uri.path_and_query()
+        .cloned()
+        .unwrap_or_else(|| PathAndQuery::from_static("/"))
 }
 
 /// Forwards `/upstream/{model}/{path}` to the model's own `/{path}`.
@@ -130,10 +154,15 @@ pub(super) async fn by_path(
     client: SocketAddr,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
-    let (parts, incoming) = request.into_parts();
-    let raw = parts.uri.path().strip_prefix("/upstream/").unwrap_or_default();
+    let raw = request
+        .uri()
+        .path()
+        .strip_prefix("/upstream/")
+        .unwrap_or_default();
     // An id may hold slashes, as they are or encoded; what follows it stays as the client wrote it.
     let unslashed = raw.replace("%2F", "/").replace("%2f", "/");
+    let pinned = pinned_path(app, catalog, &unslashed)?;
+    let unslashed = pinned.unwrap_or(unslashed);
     let Some((model, rest)) = catalog.resolve_prefix(&unslashed) else {
         return Err(error::unknown_model(
             catalog,
@@ -144,7 +173,16 @@ pub(super) async fn by_path(
     if !access.permits(model, name) {
         return Err(error::not_permitted(name));
     }
-    let query = parts.uri.query().map(|q| format!("?{q}")).unwrap_or_default();
+    let query = request.uri().query().map(|q| format!("?{q}")).unwrap_or_default();
+    let upgrade = websocket::is_upgrade(request.headers());
+    if upgrade && !rest.is_empty() {
+        let path = format!("{rest}{query}");
+        let path = path
+            .parse()
+            .map_err(|_| ApiError::bad_request(format!("the path {path} is malformed")))?;
+        return websocket::forward(app, client, model, request, &path).await;
+    }
+    let (parts, incoming) = request.into_parts();
     if rest.is_empty() {
         return Ok(redirect(&parts, &format!("{}/{query}", parts.uri.path())));
     }
@@ -157,6 +195,26 @@ pub(super) async fn by_path(
         .map_err(|_| ApiError::bad_request(format!("the path {path} is malformed")))?;
     let body = read(app, incoming).await?;
     serve(app, catalog, client, model, parts, path, body, false).await
+}
+
+/// The path with its first name replaced where the active profile pins that name.
+fn pinned_path(app: &App, catalog: &Catalog, path: &str) -> Result<Option<String>, ApiError> {
+    let profile = app.profile.lock().clone();
+    let Some(profile) = profile.and_then(|p| catalog.registry.profiles.get(&p)) else {
+        return Ok(None);
+    };
+    let hit = profile.pins.iter().filter(|(name, _)| {
+        path.strip_prefix(name.as_str())
+            .is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+    });
+    match hit.max_by_key(|(name, _)| name.len()) {
+        None => Ok(None),
+        Some((name, None)) => Err(Nowhere::SwitchedOff.to_error(catalog, name)),
+        Some((name, Some(target))) => Ok(Some(format!(
+            "{target}{}",
+            path.strip_prefix(name.as_str()).unwrap_or_default()
+        ))),
+    }
 }
 
 fn redirect(parts: &Parts, to: &str) -> Response<Body> {
@@ -173,7 +231,7 @@ fn redirect(parts: &Parts, to: &str) -> Response<Body> {
     response
 }
 
-async fn read(app: &App, incoming: Incoming) -> Result<Bytes, ApiError> {
+pub(super) async fn read(app: &App, incoming: Incoming) -> Result<Bytes, ApiError> {
     body::read(incoming, app.max_body).await.map_err(|e| match e {
         ReadError::TooLarge(limit) => ApiError::too_large(format!("the body is larger than {limit} bytes")),
         ReadError::Broken(e) => ApiError::bad_request(format!("the body could not be read: {e}")),
@@ -296,7 +354,7 @@ async fn exchange(
     }
 }
 
-fn prefixed(prefix: &str, path: &PathAndQuery) -> Result<Uri, ApiError> {
+pub(super) fn prefixed(prefix: &str, path: &PathAndQuery) -> Result<Uri, ApiError> {
     if prefix.is_empty() {
         return Ok(Uri::from(path.clone()));
     }
@@ -343,7 +401,7 @@ fn drop_hop_by_hop(headers: &mut HeaderMap) {
     }
 }
 
-fn tidy_request(headers: &mut HeaderMap, client: SocketAddr) {
+pub(super) fn tidy_request(headers: &mut HeaderMap, client: SocketAddr) {
     drop_hop_by_hop(headers);
     for name in &CREDENTIALS {
         headers.remove(name);

@@ -25,6 +25,34 @@ pub fn models(app: &App, catalog: &Catalog, access: &Access) -> Value {
         }
         rows.push((entry.id.clone(), Value::Object(model(app, entry))));
     }
+    for (id, selector) in catalog
+        .registry
+        .selectors
+        .iter()
+        .filter(|(id, s)| !s.unlisted && access.permits(id, id))
+    {
+        let mut own =
+            object(json!({"type": "selector", "strategy": strategy(selector), "targets": selector.targets}));
+        own.extend(selector.metadata.clone());
+        rows.push((
+            id.clone(),
+            Value::Object(bare_row(app, id, own, &selector.name, &selector.description)),
+        ));
+    }
+    let active = app
+        .profile
+        .lock()
+        .clone()
+        .and_then(|p| catalog.registry.profiles.get(&p));
+    for (id, target) in active.iter().flat_map(|p| &p.pins) {
+        // Only names that are not there without the profile.
+        let new =
+            target.is_some() && catalog.resolve(id).is_none() && !catalog.registry.selectors.contains_key(id);
+        if new && access.permits(id, id) {
+            let own = object(json!({"type": "profile", "modelID": target}));
+            rows.push((id.clone(), Value::Object(bare_row(app, id, own, &None, &None))));
+        }
+    }
     rows.sort_by(|a, b| a.0.cmp(&b.0));
     let rows: Vec<Value> = rows.into_iter().map(|(_, row)| row).collect();
     json!({"object": "list", "data": rows})
@@ -39,6 +67,37 @@ pub fn model(app: &App, model: &registry::Model) -> Map<String, Value> {
         &model.id,
         object(json!({"type": "model", "aliases": model.aliases})),
     )
+}
+
+fn strategy(selector: &registry::Selector) -> &'static str {
+    match selector.strategy {
+        registry::Strategy::Pin => "pin",
+        registry::Strategy::Warm => "warm",
+        registry::Strategy::Spillover => "spillover",
+    }
+}
+
+/// A row of a name that is no model itself.
+fn bare_row(
+    app: &App,
+    id: &str,
+    own: Map<String, Value>,
+    name: &Option<String>,
+    description: &Option<String>,
+) -> Map<String, Value> {
+    let mut row = object(json!({
+        "id": id,
+        "object": "model",
+        "created": app.started_unix,
+        "owned_by": "swapd",
+        "meta": {"llamaswap": own},
+    }));
+    for (key, text) in [("name", name), ("description", description)] {
+        if let Some(text) = text {
+            row.insert(key.to_owned(), text.trim().into());
+        }
+    }
+    row
 }
 
 fn alias_row(app: &App, model: &registry::Model, alias: &str) -> Map<String, Value> {

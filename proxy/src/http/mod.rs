@@ -12,6 +12,7 @@ pub mod listing;
 pub mod metrics;
 pub mod pending;
 pub mod routes;
+pub mod websocket;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -21,6 +22,7 @@ use api_types::error::ApiError;
 use http::header::{self, HeaderValue};
 use http::{Method, Request, Response};
 use hyper::body::Incoming;
+use parking_lot::Mutex;
 
 use self::auth::Access;
 use self::body::Body;
@@ -38,6 +40,8 @@ pub struct App {
     pub activity: Arc<Activity>,
     /// For reloads by request, and the state of the registry's file.
     pub reloader: Arc<Reloader>,
+    /// Name of the profile that is switched on.
+    pub profile: Mutex<Option<String>>,
     /// Largest request body, in bytes.
     pub max_body: usize,
     /// Unix time of the start, seconds: `created` of the models.
@@ -117,6 +121,6 @@ async fn dispatch(
     match route {
         Route::Inference => forward::by_name(app, &catalog, &access, client, request).await,
         Route::Upstream => forward::by_path(app, &catalog, &access, client, request).await,
-        route => control::answer(app, &catalog, &access, route, &request).await,
+        route => control::answer(app, &catalog, &access, route, request).await,
     }
 }

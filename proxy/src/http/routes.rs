@@ -42,6 +42,10 @@ pub enum Route {
     Events,
     /// End a running request.
     Cancel(String),
+    /// All profiles and which is active.
+    Profiles,
+    /// Switch a profile on or off.
+    ActiveProfile,
     /// Take up the registry's file now.
     Reload,
     /// Program and version.
@@ -124,6 +128,10 @@ pub fn find(method: &Method, path: &str) -> Result<Route, NoRoute> {
         "/logs" => return get(Route::Logs),
         "/logs/stream" => return get(Route::LogStream(None)),
         "/api/version" => return get(Route::Version),
+        "/api/profiles" => return get(Route::Profiles),
+        "/api/profiles/active" if method == Method::PUT => return Ok(Route::ActiveProfile),
+        "/api/profiles/active" => return Err(NoRoute::Method("PUT")),
+        "/v1/realtime" => return get(Route::Inference),
         "/api/reload" => return post(Route::Reload),
         "/api/models/unload" => return post(Route::ApiUnload),
         _ => {}

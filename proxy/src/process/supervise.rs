@@ -25,6 +25,8 @@ pub const ROLE: &str = "__supervise";
 pub const EXEC_ROLE: &str = "__exec";
 /// Time between asking and killing when the proxy is gone, or the command has left processes behind.
 const GRACE: Duration = Duration::from_millis(1000);
+/// Time between two rounds of killing: a process may be born, or become this one's child, while the others die.
+const AGAIN: Duration = Duration::from_millis(50);
 
 /// What the watching thread is told, or has read.
 enum Word {
@@ -79,14 +81,13 @@ pub fn supervise(argv: &[String]) -> ExitCode {
             };
             match word {
                 Ok(Word::Stop) => signal_all(pid, Signal::SIGTERM),
-                Ok(Word::ProxyGone | Word::CommandGone) => {
+                Ok(Word::ProxyGone | Word::CommandGone) if kill_after != Some(AGAIN) => {
                     signal_all(pid, Signal::SIGTERM);
-                    kill_after = Some(GRACE);
+                    kill_after = Some(kill_after.unwrap_or(GRACE));
                 }
-                Ok(Word::Kill) | Err(RecvTimeoutError::Timeout) => {
+                Ok(_) | Err(RecvTimeoutError::Timeout) => {
                     signal_all(pid, Signal::SIGKILL);
-                    // Again and again: a process may be born while the others die.
-                    kill_after = Some(Duration::from_millis(50));
+                    kill_after = Some(AGAIN);
                 }
                 Err(RecvTimeoutError::Disconnected) => return,
             }

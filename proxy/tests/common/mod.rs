@@ -124,7 +124,7 @@ impl Swapd {
         let journal = self.journal();
         let lines = journal.lines().map(|l| l.split(' ').collect::<Vec<_>>());
         lines
-            .filter(|l| l[2] == event)
+            .filter(|l| l[2..].join(" ") == event)
             .map(|l| (l[0].parse().unwrap(), l[1].parse().unwrap()))
             .collect()
     }

@@ -1,0 +1,125 @@
+//! Upgraded connections (WebSocket): a handshake forwarded, then bytes both ways until either side ends.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use api_types::error::ApiError;
+use bytes::Bytes;
+use http::header::{self, HeaderValue};
+use http::uri::PathAndQuery;
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use lifecycle::{ModelId, State};
+
+use super::App;
+use super::body::Body;
+use super::error;
+use super::forward::{prefixed, tidy_request};
+use crate::house::Lease;
+use crate::process::Process;
+
+/// Whether the client asks for another protocol on its connection.
+#[must_use]
+pub fn is_upgrade(headers: &HeaderMap) -> bool {
+    let connection = headers
+        .get(header::CONNECTION)
+        .and_then(|v| v.to_str().ok())
+        .unwrap_or_default();
+    headers.contains_key(header::UPGRADE) && connection.to_ascii_lowercase().contains("upgrade")
+}
+
+/// What keeps the process while the connection lasts.
+enum Hold {
+    /// In flight like any request.
+    Lease(Lease),
+    /// The model's WebSockets count for nothing.
+    Loose(Arc<Process>),
+}
+
+/// Forwards an upgrade to the model's server.
+pub(super) async fn forward(
+    app: &Arc<App>,
+    client: SocketAddr,
+    model: &ModelId,
+    mut request: Request<Incoming>,
+    path: &PathAndQuery,
+) -> Result<Response<Body>, ApiError> {
+    let loose = app
+        .house
+        .catalog()
+        .model(model)
+        .is_some_and(|m| m.ignore_websockets);
+    let hold = if loose {
+        let ready = app
+            .house
+            .statuses()
+            .into_iter()
+            .find(|(id, s, _)| id == model && s.state == State::Ready);
+        let process = ready.and_then(|(_, _, process)| process);
+        Hold::Loose(process.ok_or_else(|| error::not_loaded(model, path.path()))?)
+    } else {
+        Hold::Lease(
+            app.house
+                .lease(model)
+                .await
+                .map_err(|r| error::rejected(model, &r))?,
+        )
+    };
+    let process = match &hold {
+        Hold::Lease(lease) => &lease.process,
+        Hold::Loose(process) => process,
+    };
+    let Some((pool, prefix)) = process.upstream.get().cloned() else {
+        return Err(ApiError::internal(format!(
+            "model '{model}' is ready and has no address"
+        )));
+    };
+    let protocol = request.headers().get(header::UPGRADE).cloned();
+    let mut onward = Request::new(Full::<Bytes>::default());
+    *onward.method_mut() = request.method().clone();
+    *onward.uri_mut() = prefixed(&prefix, path)?;
+    *onward.headers_mut() = request.headers().clone();
+    tidy_request(onward.headers_mut(), client);
+    onward
+        .headers_mut()
+        .insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    if let Some(protocol) = protocol {
+        onward.headers_mut().insert(header::UPGRADE, protocol);
+    }
+    let sent = pool.send(&onward, &|_| ()).await;
+    let (mut response, conn) =
+        sent.map_err(|e| error::no_reply(model, &e, &app.house.logs.tail(model, 20)))?;
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        let status = response.status();
+        let message = format!("the server of model '{model}' did not upgrade the connection: {status}");
+        return Err(ApiError {
+            status: 502,
+            ..ApiError::internal(message)
+        }
+        .with_code("upgrade_refused"));
+    }
+    let upstream = hyper::upgrade::on(&mut response);
+    let downstream = hyper::upgrade::on(&mut request);
+    let (mut parts, _) = response.into_parts();
+    parts.extensions.clear();
+    let wire = match &hold {
+        Hold::Lease(lease) => Some(lease.wire.clone()),
+        Hold::Loose(_) => None,
+    };
+    let copying = tokio::spawn(async move {
+        // Held until the end: the lease, and the connection until its stream has been handed over.
+        let _hold = hold;
+        let upstream = upstream.await;
+        drop(conn);
+        if let (Ok(upstream), Ok(downstream)) = (upstream, downstream.await) {
+            let (mut upstream, mut downstream) = (TokioIo::new(upstream), TokioIo::new(downstream));
+            let _ = tokio::io::copy_bidirectional(&mut upstream, &mut downstream).await;
+        }
+    });
+    if let Some(wire) = wire {
+        wire.attach(copying.abort_handle());
+    }
+    Ok(Response::from_parts(parts, Body::empty()))
+}

@@ -1,0 +1,126 @@
+//! Profiles, selectors and upgraded connections on the real program.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::disallowed_methods
+)]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use common::{Swapd, eventually};
+
+const CONFIG: &str = "
+models:
+  a: {worker: {model: DIR}, aliases: [al]}
+  b: {worker: {model: DIR}, useModelName: real}
+groups: {g: {swap: false, members: [a, b]}}
+selectors:
+  hot: {strategy: warm, targets: [a, b], name: Hot}
+  wide: {strategy: spillover, targets: [a, b], settings: {spillover: 1}}
+profiles:
+  day: {description: d, pins: {main: b, al: null}}
+";
+
+/// The name that arrives at the model's server.
+fn arrives(swapd: &Swapd, name: &str) -> String {
+    let echo = swapd.chat(name, r#""echo":true"#).json()["body"]
+        .as_str()
+        .unwrap()
+        .to_owned();
+    serde_json::from_str::<serde_json::Value>(&echo).unwrap()["model"]
+        .as_str()
+        .unwrap()
+        .to_owned()
+}
+
+#[test]
+fn selectors_choose_by_state_and_load() {
+    let swapd = Swapd::start(CONFIG);
+    assert_eq!(arrives(&swapd, "b"), "real");
+    assert_eq!(arrives(&swapd, "hot"), "real", "b is warm");
+    assert_eq!(swapd.state("a"), "stopped");
+    let mut busy = swapd.chat_open("wide", r#""stream":true,"events":100,"gap_ms":20"#);
+    busy.chunk().unwrap();
+    assert_eq!(swapd.state("a"), "stopped", "b had room");
+    assert_eq!(arrives(&swapd, "wide"), "a", "b is busy: spills over");
+    let rows = swapd.get("/v1/models").json();
+    let hot = rows["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .find(|m| m["id"] == "hot")
+        .unwrap()
+        .clone();
+    assert_eq!(
+        (hot["meta"]["llamaswap"]["type"].as_str(), hot["name"].as_str()),
+        (Some("selector"), Some("Hot"))
+    );
+}
+
+#[test]
+fn a_profile_repoints_and_switches_off_names() {
+    let swapd = Swapd::start(CONFIG);
+    let switch = |body: &str| swapd.open("PUT", "/api/profiles/active", "", body).finish();
+    assert_eq!(swapd.chat("main", "").status, 404);
+    assert_eq!(switch(r#"{"name":"day"}"#).json()["active"], "day");
+    assert_eq!(arrives(&swapd, "main"), "real");
+    assert_eq!(swapd.get("/upstream/main/x").body, "/x");
+    let (message, _) = swapd.chat("al", "").error();
+    assert!(message.contains("switches 'al' off"), "{message}");
+    assert_eq!(swapd.get("/upstream/al/x").status, 404);
+    let rows = swapd.get("/v1/models").json();
+    assert!(rows["data"].as_array().unwrap().iter().any(|m| m["id"] == "main"));
+    assert_eq!(
+        swapd.get("/api/profiles").json()["profiles"][0]["pins"]["main"],
+        "b"
+    );
+    assert_eq!(
+        (switch(r#"{"name":"night"}"#).status, switch("[]").status),
+        (404, 400)
+    );
+    assert_eq!(switch(r#"{"name":null}"#).status, 200);
+    assert_eq!(arrives(&swapd, "al"), "al");
+}
+
+#[test]
+fn upgraded_connections_pass_bytes_both_ways_and_hold_the_model() {
+    let swapd = Swapd::start("models: {m: {worker: {model: DIR, env: [JOURNAL]}, ttl: 1}}");
+    let mut socket = std::net::TcpStream::connect(&swapd.address).unwrap();
+    let head = "GET /upstream/m/ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: k\r\n\r\n";
+    socket.write_all(head.as_bytes()).unwrap();
+    let mut reply = Vec::new();
+    while !reply.ends_with(b"\r\n\r\n") {
+        let mut byte = [0];
+        socket.read_exact(&mut byte).unwrap();
+        reply.push(byte[0]);
+    }
+    let reply = String::from_utf8(reply).unwrap();
+    assert!(
+        reply.starts_with("HTTP/1.1 101") && reply.to_lowercase().contains("upgrade: websocket"),
+        "{reply}"
+    );
+    for text in ["hello", "again"] {
+        socket.write_all(text.as_bytes()).unwrap();
+        let mut back = [0; 5];
+        socket.read_exact(&mut back).unwrap();
+        assert_eq!(&back, text.as_bytes());
+    }
+    std::thread::sleep(Duration::from_millis(1500));
+    assert_eq!(
+        swapd.running()[0]["inflight"],
+        1,
+        "in use: its ttl does not count"
+    );
+    drop(socket);
+    eventually("ended", Duration::from_secs(1), || {
+        (!swapd.journalled("upgrade ended").is_empty()).then_some(())
+    });
+    eventually("unloaded", Duration::from_secs(3), || {
+        (swapd.state("m") == "stopped").then_some(())
+    });
+}
