@@ -228,7 +228,6 @@ knob_table! {
     /// Serve Prometheus metrics at `/metrics`.
     enable_metrics: bool = "enable-metrics" {
         group: Group::Server, off: &["disable-metrics"], default: Fixed::Bool(true),
-        effect: Effect::AcceptedOnly("it comes with the worker's metrics"),
         reason: "a counter that nobody switched on explains nothing afterwards",
     }
     /// Requests per minute for one client; 0 for no limit.
@@ -333,7 +332,6 @@ knob_table! {
     /// Longest time a request may wait for a place before it is answered 503 with Retry-After.
     max_wait_seconds: f64 = "max-wait-seconds" {
         group: Group::Scheduling, kind: SECONDS, default: Fixed::Float(300.0), unit: "s",
-        effect: Effect::AcceptedOnly("it comes with the scheduler"),
         reason: "clients give up after about five minutes of silence",
     }
     /// Prompt tokens computed in one step of prefill.
