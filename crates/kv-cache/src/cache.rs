@@ -1,0 +1,497 @@
+//! The cache: sequences, their block tables, and the promises made to them.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::config::{CacheConfig, ConfigError, Reuse};
+use crate::lookup::{self, Divergence, Match};
+use crate::pool::BlockPool;
+use crate::sequence::Sequence;
+use crate::snapshots::Snapshots;
+use crate::tree::PrefixTree;
+use crate::types::{
+    Admission, Admitted, BlockId, CacheError, CopyBlock, Extension, Preempted, Request, SeqId, Shortage,
+    SlotRun, Token, TooLarge,
+};
+use crate::usage::Counters;
+
+/// Block pool, block tables and prefix tree of one worker. `S` is what a snapshot holds: `()` for models of which
+/// every layer keeps K and V.
+///
+/// Every promise is covered at all times: free blocks + unpinned tree blocks ≥ the sum of all sequences' credits.
+#[derive(Debug)]
+pub struct KvCache<S> {
+    pub(crate) config: CacheConfig,
+    pub(crate) pool: BlockPool,
+    pub(crate) tree: PrefixTree,
+    pub(crate) snapshots: Snapshots<S>,
+    pub(crate) sequences: BTreeMap<SeqId, Sequence<S>>,
+    /// By arrival: the first is the most senior.
+    pub(crate) seniority: BTreeSet<(u64, SeqId)>,
+    /// Blocks promised to sequences and not taken yet: the sum of their credits.
+    pub(crate) promised: usize,
+    /// Counts uses, for the LRU order.
+    tick: u64,
+    pub(crate) counters: Counters,
+}
+
+impl<S: Clone> KvCache<S> {
+    /// An empty cache.
+    ///
+    /// # Errors
+    /// Sizes that make no cache, with the number that is wrong.
+    pub fn new(config: CacheConfig) -> Result<Self, ConfigError> {
+        config.check()?;
+        Ok(Self {
+            pool: BlockPool::new(u32::try_from(config.total_blocks).unwrap_or(u32::MAX)),
+            tree: PrefixTree::default(),
+            snapshots: Snapshots::new(config.snapshot_bytes),
+            sequences: BTreeMap::new(),
+            seniority: BTreeSet::new(),
+            promised: 0,
+            tick: 0,
+            counters: Counters::default(),
+            config,
+        })
+    }
+
+    /// What the cache was told at its start.
+    pub fn config(&self) -> &CacheConfig {
+        &self.config
+    }
+
+    /// Blocks that are free or evictable, and promised to no one.
+    pub fn available(&self) -> usize {
+        (self.pool.free() + self.tree.unpinned()).saturating_sub(self.promised)
+    }
+
+    pub(crate) fn sequence(&self, id: SeqId) -> Result<&Sequence<S>, CacheError> {
+        self.sequences.get(&id).ok_or(CacheError::UnknownSequence(id))
+    }
+
+    pub(crate) fn next_tick(&mut self) -> u64 {
+        self.tick += 1;
+        self.tick
+    }
+
+    fn find(&self, prompt: &[Token]) -> Match {
+        // The last token is never taken from the cache: the model must run on it to say what comes next.
+        let Some((_, head)) = prompt.split_last() else {
+            return Match::default();
+        };
+        let block_size = self.config.block_size;
+        match (self.config.prefix_cache, self.config.reuse) {
+            (false, _) => Match::default(),
+            (true, Reuse::Positions) => {
+                lookup::by_position(&self.tree, block_size, self.config.min_tail, head)
+            }
+            (true, Reuse::Snapshots) => lookup::by_snapshot(&self.tree, &self.snapshots, block_size, head),
+        }
+    }
+
+    /// How many tokens of `prompt` an admission would find cached now. Changes nothing, not even the LRU order.
+    pub fn peek(&self, prompt: &[Token]) -> usize {
+        let found = self.find(prompt);
+        found.path.len() * self.config.block_size + found.tail.map_or(0, |(_, tokens)| tokens)
+    }
+
+    /// Compares `tokens` with the nearest cached chain; shows at most `window` tokens of both from where they part.
+    pub fn divergence(&self, tokens: &[Token], window: usize) -> Divergence {
+        lookup::diverge(&self.tree, self.config.block_size, tokens, window)
+    }
+
+    /// The numbers of a request that can never run; `None` if it fits an empty pool. For a 400 before any queueing.
+    pub fn never_fits(
+        &self,
+        prompt_tokens: usize,
+        max_new_tokens: usize,
+        sequences: usize,
+    ) -> Option<TooLarge> {
+        let needed_tokens = prompt_tokens.saturating_add(max_new_tokens);
+        // Alone in the pool a sequence must be able to reach its end, and the promise to all alternatives be kept.
+        let alone = self.config.blocks_for(needed_tokens);
+        let together = self.promise(prompt_tokens, max_new_tokens, sequences).0;
+        let needed_blocks = alone.max(together);
+        (needed_blocks > self.config.total_blocks).then(|| TooLarge {
+            needed_tokens,
+            capacity_tokens: self.config.capacity_tokens(),
+            needed_blocks,
+            capacity_blocks: self.config.total_blocks,
+            needed_bytes: self.config.block_bytes().saturating_mul(needed_blocks as u64),
+            capacity_bytes: self
+                .config
+                .block_bytes()
+                .saturating_mul(self.config.total_blocks as u64),
+        })
+    }
+
+    /// Blocks to promise to a request when nothing is cached, and how many of them go along with each fork.
+    fn promise(&self, prompt: usize, max_new: usize, sequences: usize) -> (usize, usize) {
+        let first = self
+            .config
+            .blocks_for(prompt.saturating_add(max_new.min(self.config.generation_share)));
+        let forks = sequences.saturating_sub(1);
+        let block_size = self.config.block_size;
+        let each = first - (prompt / block_size).min(first);
+        // Of the sharers of a last, partial block all but one copy it. Which one does not is open: one spare.
+        let spare = usize::from(forks > 0 && !prompt.is_multiple_of(block_size));
+        (
+            first
+                .saturating_add(each.saturating_mul(forks))
+                .saturating_add(spare),
+            each,
+        )
+    }
+
+    /// Asks for a sequence. When admitted, its block table begins with what is cached of the prompt, and the blocks for
+    /// the rest of it and for a share of the generation are promised.
+    ///
+    /// # Errors
+    /// A name in use; nothing to run. Lack of room is not an error but an answer.
+    pub fn admit(&mut self, request: &Request<'_>) -> Result<Admission<S>, CacheError> {
+        let &Request {
+            id,
+            arrival,
+            prompt,
+            max_new_tokens,
+            sequences,
+        } = request;
+        if self.sequences.contains_key(&id) {
+            return Err(CacheError::DuplicateSequence(id));
+        }
+        if prompt.is_empty() || sequences == 0 {
+            return Err(CacheError::EmptyRequest);
+        }
+        if let Some(too_large) = self.never_fits(prompt.len(), max_new_tokens, sequences) {
+            return Ok(Admission::Never(too_large));
+        }
+        let found = self.find(prompt);
+        let (whole, per_fork) = self.promise(prompt.len(), max_new_tokens, sequences);
+        let needed = whole - found.path.len();
+        // A cached block that no one uses counts as available until this sequence pins it.
+        let newly_pinned = found
+            .path
+            .iter()
+            .filter(|&&node| !self.tree.is_pinned(node))
+            .count();
+        let available = self.available().saturating_sub(newly_pinned);
+        if needed > available {
+            return Ok(Admission::Wait(Shortage {
+                needed_blocks: needed,
+                available_blocks: available,
+            }));
+        }
+
+        let tick = self.next_tick();
+        let mut sequence = Sequence::new(arrival, prompt.len() + max_new_tokens, sequences - 1, per_fork);
+        for &node in &found.path {
+            self.tree.pin(node);
+            self.tree.touch(node, tick);
+            if let Some(block) = self.tree.block(node) {
+                self.pool.retain(block);
+                sequence.blocks.push(block);
+            }
+        }
+        sequence.path = found.path;
+        sequence.credit = needed - per_fork * (sequences - 1);
+        self.promised += needed;
+        let start = sequence.blocks.len() * self.config.block_size;
+        let mut cached_tokens = start;
+        let mut copies = Vec::new();
+        // Before the copy's target is taken, which may evict the source and the snapshot with it.
+        let snapshot = found
+            .snapshot
+            .and_then(|(node, at)| self.snapshots.use_at(node, at, tick).cloned());
+        if let Some((node, tokens)) = found.tail
+            && let Some(from) = self.tree.block(node)
+        {
+            self.tree.touch(node, tick);
+            if let Some(to) = self.take_block() {
+                sequence.spend(&mut self.promised);
+                // The source itself may be the very block that had to go; then the tokens are in place already.
+                if from != to {
+                    copies.push(CopyBlock { from, to, tokens });
+                    self.counters.copied_blocks += 1;
+                }
+                sequence.blocks.push(to);
+                cached_tokens += tokens;
+                sequence
+                    .tail
+                    .extend_from_slice(prompt.get(start..cached_tokens).unwrap_or(&[]));
+            }
+        }
+        sequence.len = cached_tokens;
+        self.counters.admitted += 1;
+        self.counters.hits += u64::from(cached_tokens > 0);
+        self.counters.prompt_tokens += prompt.len() as u64;
+        self.counters.cached_tokens += cached_tokens as u64;
+        self.seniority.insert((arrival, id));
+        self.sequences.insert(id, sequence);
+        Ok(Admission::Admit(Admitted {
+            blocks: needed,
+            cached_tokens,
+            copies,
+            snapshot,
+        }))
+    }
+
+    /// A free block, by evicting if need be. `None` is impossible while the promises are covered.
+    fn take_block(&mut self) -> Option<BlockId> {
+        if self.pool.free() == 0
+            && let Some(node) = self.tree.least_recently_used()
+        {
+            self.drop_node(node);
+            self.counters.evicted_blocks += 1;
+        }
+        self.pool.take()
+    }
+
+    pub(crate) fn drop_node(&mut self, node: usize) {
+        if let Some(block) = self.tree.remove(node) {
+            self.snapshots.drop_node(node);
+            self.pool.release(block);
+        }
+    }
+
+    /// Blocks that `count` more positions take, and of which block a copy must be made first.
+    fn growth(&self, id: SeqId, count: usize) -> Result<(usize, Option<BlockId>), CacheError> {
+        let sequence = self.sequence(id)?;
+        let end = sequence.len.saturating_add(count);
+        if end > sequence.limit {
+            return Err(CacheError::PastLimit {
+                asked: end,
+                limit: sequence.limit,
+            });
+        }
+        let shared = (count > 0 && !sequence.len.is_multiple_of(self.config.block_size))
+            .then(|| sequence.blocks.last().copied())
+            .flatten()
+            .filter(|&block| self.pool.refs(block) > 1);
+        let needed = self.config.blocks_for(end) - sequence.blocks.len() + usize::from(shared.is_some());
+        let beyond = needed.saturating_sub(sequence.credit);
+        if beyond > self.available() {
+            let available_blocks = sequence.credit + self.available();
+            return Err(CacheError::OutOfBlocks(Shortage {
+                needed_blocks: needed,
+                available_blocks,
+            }));
+        }
+        Ok((needed, shared))
+    }
+
+    /// Hands out the next `count` positions of a sequence, all or none. Their tokens need not be known yet: the token
+    /// that a decode step consumes may still be on the device.
+    ///
+    /// # Errors
+    /// [`CacheError::OutOfBlocks`] past the promised share; [`CacheError::PastLimit`].
+    pub fn extend(&mut self, id: SeqId, count: usize) -> Result<Extension, CacheError> {
+        let (needed, shared) = self.growth(id, count)?;
+        let mut fresh = Vec::with_capacity(needed);
+        for _ in 0..needed {
+            fresh.extend(self.take_block());
+        }
+        let block_size = self.config.block_size;
+        let sequence = self
+            .sequences
+            .get_mut(&id)
+            .ok_or(CacheError::UnknownSequence(id))?;
+        let mut fresh = fresh.into_iter();
+        for _ in 0..needed {
+            sequence.spend(&mut self.promised);
+        }
+        let mut extension = Extension::default();
+        if let Some(from) = shared
+            && let Some(to) = fresh.next()
+        {
+            extension.copies.push(CopyBlock {
+                from,
+                to,
+                tokens: sequence.len % block_size,
+            });
+            sequence.blocks.pop();
+            sequence.blocks.push(to);
+        }
+        sequence.blocks.extend(fresh);
+        let end = sequence.len + count;
+        while sequence.len < end {
+            let offset = sequence.len % block_size;
+            let len = (block_size - offset).min(end - sequence.len);
+            let Some(&block) = sequence.blocks.get(sequence.len / block_size) else {
+                break;
+            };
+            extension.runs.push(SlotRun { block, offset, len });
+            sequence.len += len;
+        }
+        for copy in &extension.copies {
+            self.pool.release(copy.from);
+            self.counters.copied_blocks += 1;
+        }
+        Ok(extension)
+    }
+
+    /// Preempts the most junior sequences, one after the other, until `extend(id, count)` succeeds or `id` itself had
+    /// to go. Whoever has waited longest goes last, and the most senior always gets through, so everyone finishes.
+    ///
+    /// Extend the senior sequences of a step before the junior ones; then nobody who is already in the step is hit.
+    ///
+    /// # Errors
+    /// As [`KvCache::extend`], but for [`CacheError::OutOfBlocks`].
+    pub fn make_room(&mut self, id: SeqId, count: usize) -> Result<Vec<Preempted>, CacheError> {
+        let mut preempted = Vec::new();
+        loop {
+            match self.growth(id, count) {
+                Ok(_) => return Ok(preempted),
+                Err(CacheError::OutOfBlocks(shortage)) => {
+                    let victim = self.victim().ok_or(CacheError::OutOfBlocks(shortage))?;
+                    preempted.push(self.preempt(victim)?);
+                    if victim == id {
+                        return Ok(preempted);
+                    }
+                }
+                Err(other) => return Err(other),
+            }
+        }
+    }
+
+    /// The sequence to preempt next: the last to have arrived.
+    pub fn victim(&self) -> Option<SeqId> {
+        self.seniority.last().map(|&(_, id)| id)
+    }
+
+    /// Running sequences, the most senior first: the order in which to extend them.
+    pub fn by_seniority(&self) -> impl Iterator<Item = SeqId> + '_ {
+        self.seniority.iter().map(|&(_, id)| id)
+    }
+
+    /// Takes a sequence's blocks away. What it had recorded stays cached until the room is needed.
+    ///
+    /// # Errors
+    /// An unknown sequence.
+    pub fn preempt(&mut self, id: SeqId) -> Result<Preempted, CacheError> {
+        let sequence = self.sequence(id)?;
+        let preempted = Preempted {
+            id,
+            arrival: sequence.arrival,
+            recorded_tokens: sequence.recorded(self.config.block_size),
+            forks_left: sequence.forks_left,
+        };
+        self.free(id)?;
+        self.counters.preempted += 1;
+        Ok(preempted)
+    }
+
+    /// Says that the step which writes the next positions has been issued, and which tokens they hold. Blocks that are
+    /// full now are everyone's: they join the prefix tree and are never written again. Where the tree already has such
+    /// a block, the sequence takes that one and gives its own back; gives how often that happened, and if it did, the
+    /// sequence's [`table`](KvCache::table) has changed.
+    ///
+    /// # Errors
+    /// More tokens than open positions; an unknown sequence.
+    pub fn record(&mut self, id: SeqId, tokens: &[Token]) -> Result<usize, CacheError> {
+        let block_size = self.config.block_size;
+        let tick = self.next_tick();
+        let sequence = self
+            .sequences
+            .get_mut(&id)
+            .ok_or(CacheError::UnknownSequence(id))?;
+        let open = sequence.len - sequence.recorded(block_size);
+        if tokens.len() > open {
+            return Err(CacheError::RecordPastEnd {
+                given: tokens.len(),
+                open,
+            });
+        }
+        sequence.tail.extend_from_slice(tokens);
+        if !self.config.prefix_cache {
+            return Ok(0);
+        }
+        let mut replaced = 0;
+        let whole = sequence.tail.len() - sequence.tail.len() % block_size;
+        let full: Vec<Token> = sequence.tail.drain(..whole).collect();
+        for content in full.chunks_exact(block_size) {
+            let parent = sequence.path.last().copied();
+            let Some(slot) = sequence.blocks.get_mut(sequence.path.len()) else {
+                break;
+            };
+            let node = match self.tree.child(parent, content) {
+                Some(node) => {
+                    if let Some(block) = self.tree.block(node) {
+                        self.pool.retain(block);
+                        self.pool.release(*slot);
+                        *slot = block;
+                        replaced += 1;
+                    }
+                    node
+                }
+                None => {
+                    self.pool.retain(*slot);
+                    let (node, shorter) = self.tree.insert(parent, content, *slot, tick);
+                    if let Some(shorter) = shorter {
+                        self.snapshots.move_node(shorter, node);
+                        if let Some(block) = self.tree.remove(shorter) {
+                            self.pool.release(block);
+                        }
+                    }
+                    node
+                }
+            };
+            self.tree.pin(node);
+            self.tree.touch(node, tick);
+            sequence.path.push(node);
+            let start = (sequence.path.len() - 1) * block_size;
+            sequence.hand_snapshots(start, block_size, node, tick, &mut self.snapshots);
+        }
+        self.counters.deduplicated_blocks += replaced as u64;
+        Ok(replaced)
+    }
+
+    /// Lets a sequence that is about to prefill `upcoming` skip the whole blocks which others have computed since it
+    /// was admitted: two users of one long system prompt who come at once then compute it once. Gives how many tokens
+    /// are skipped; at least one of `upcoming` is always left. The block table has grown by as much.
+    ///
+    /// Does nothing inside a block, and nothing for [`Reuse::Snapshots`].
+    ///
+    /// # Errors
+    /// An unknown sequence.
+    pub fn skip_cached(&mut self, id: SeqId, upcoming: &[Token]) -> Result<usize, CacheError> {
+        let block_size = self.config.block_size;
+        let available = self.available();
+        let tick = self.next_tick();
+        let sequence = self
+            .sequences
+            .get_mut(&id)
+            .ok_or(CacheError::UnknownSequence(id))?;
+        let aligned = sequence.len == sequence.path.len() * block_size;
+        if !self.config.prefix_cache || self.config.reuse == Reuse::Snapshots || !aligned {
+            return Ok(0);
+        }
+        let head = upcoming.split_last().map_or(&[][..], |(_, head)| head);
+        let before = sequence.len;
+        let mut beyond = 0;
+        for content in head.chunks_exact(block_size) {
+            let Some(node) = self.tree.child(sequence.path.last().copied(), content) else {
+                break;
+            };
+            let Some(block) = self.tree.block(node) else { break };
+            if sequence.len + block_size > sequence.limit {
+                break;
+            }
+            // Pinning takes an evictable block out of what covers the promises: it must be paid like a fresh one.
+            if sequence.credit > 0 {
+                sequence.spend(&mut self.promised);
+            } else if !self.tree.is_pinned(node) {
+                if beyond == available {
+                    break;
+                }
+                beyond += 1;
+            }
+            self.tree.pin(node);
+            self.tree.touch(node, tick);
+            self.pool.retain(block);
+            sequence.path.push(node);
+            sequence.blocks.push(block);
+            sequence.len += block_size;
+            self.counters.cached_tokens += block_size as u64;
+        }
+        Ok(sequence.len - before)
+    }
+}

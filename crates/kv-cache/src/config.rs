@@ -1,0 +1,200 @@
+//! Sizes: from a model's shape and a byte budget to blocks.
+
+use std::fmt;
+
+/// K and V of one group of equal attention layers. Models with several kinds of layers add the bytes up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvShape {
+    /// Layers that keep K and V for every position.
+    pub layers: usize,
+    /// KV heads per layer (not query heads).
+    pub kv_heads: usize,
+    /// Elements of K per head and token.
+    pub key_dim: usize,
+    /// Elements of V per head and token; most models have `key_dim`.
+    pub value_dim: usize,
+    /// Bytes per element: 2 for float16 and bfloat16, 4 for float32.
+    pub bytes_per_element: usize,
+}
+
+impl KvShape {
+    /// `layers × kv_heads × (key_dim + value_dim) × bytes_per_element`.
+    pub fn bytes_per_token(&self) -> u64 {
+        [
+            self.layers,
+            self.kv_heads,
+            self.key_dim.saturating_add(self.value_dim),
+            self.bytes_per_element,
+        ]
+        .into_iter()
+        .fold(1, |product, factor| product.saturating_mul(factor as u64))
+    }
+}
+
+/// From which positions a cached prefix can be continued.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reuse {
+    /// From any: every layer keeps K and V of every position.
+    #[default]
+    Positions,
+    /// Only from where a snapshot was taken: some layers (recurrent, sliding-window) keep a state that cannot be cut
+    /// back.
+    Snapshots,
+}
+
+/// Everything that the cache is told at its start.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CacheConfig {
+    /// Blocks in the pool.
+    pub total_blocks: usize,
+    /// Positions per block.
+    pub block_size: usize,
+    /// KV bytes of one position, all layers together.
+    pub bytes_per_token: u64,
+    /// New tokens per sequence whose blocks are promised at admission. Past them a sequence lives on what is left, and
+    /// may be preempted: promising `max_new_tokens` in full would leave most of the pool idle, since few replies get
+    /// that long.
+    pub generation_share: usize,
+    /// Keep the blocks of freed and running sequences for others.
+    pub prefix_cache: bool,
+    /// Fewest tokens of a partly shared block that are worth a copy, at least 1.
+    pub min_tail: usize,
+    /// From which positions a prefix can be continued.
+    pub reuse: Reuse,
+    /// Most bytes of snapshots kept; the least recently used go first.
+    pub snapshot_bytes: u64,
+}
+
+impl CacheConfig {
+    /// A cache of as many blocks as fit into `pool_bytes`, with 512 promised new tokens, prefix reuse, and no snapshots.
+    pub fn for_pool(pool_bytes: u64, bytes_per_token: u64, block_size: usize) -> Self {
+        let block_bytes = bytes_per_token.saturating_mul(block_size as u64).max(1);
+        Self {
+            total_blocks: usize::try_from(pool_bytes / block_bytes).unwrap_or(usize::MAX),
+            block_size,
+            bytes_per_token,
+            generation_share: 512,
+            prefix_cache: true,
+            min_tail: 1,
+            reuse: Reuse::Positions,
+            snapshot_bytes: 0,
+        }
+    }
+
+    /// Bytes of one block.
+    pub fn block_bytes(&self) -> u64 {
+        self.bytes_per_token.saturating_mul(self.block_size as u64)
+    }
+
+    /// Blocks for so many positions, rounded up.
+    pub fn blocks_for(&self, tokens: usize) -> usize {
+        tokens.div_ceil(self.block_size.max(1))
+    }
+
+    /// Positions in the whole pool.
+    pub fn capacity_tokens(&self) -> usize {
+        self.total_blocks.saturating_mul(self.block_size)
+    }
+
+    /// Most new tokens that a single sequence with such a prompt may be admitted for; 0 where it never fits.
+    /// For clamping a client's `max_tokens`.
+    pub fn room_after(&self, prompt_tokens: usize) -> usize {
+        self.capacity_tokens().saturating_sub(prompt_tokens)
+    }
+
+    pub(crate) fn check(&self) -> Result<(), ConfigError> {
+        if self.block_size == 0 {
+            return Err(ConfigError::NoBlockSize);
+        }
+        if self.total_blocks == 0 {
+            return Err(ConfigError::NoBlocks {
+                block_bytes: self.block_bytes(),
+            });
+        }
+        if u32::try_from(self.total_blocks).is_err() {
+            return Err(ConfigError::TooManyBlocks {
+                blocks: self.total_blocks,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Sizes that make no cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ConfigError {
+    /// Blocks of zero tokens.
+    NoBlockSize,
+    /// The byte budget holds not one block.
+    NoBlocks {
+        /// What one block takes.
+        block_bytes: u64,
+    },
+    /// More blocks than a `u32` counts.
+    TooManyBlocks {
+        /// How many.
+        blocks: usize,
+    },
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoBlockSize => f.write_str("a KV block must hold at least one token"),
+            Self::NoBlocks { block_bytes } => {
+                write!(
+                    f,
+                    "the KV cache must hold at least one block of {block_bytes} bytes"
+                )
+            }
+            Self::TooManyBlocks { blocks } => write!(f, "{blocks} KV blocks are more than {}", u32::MAX),
+        }
+    }
+}
+
+impl std::error::Error for ConfigError {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_of_a_known_model() {
+        // Qwen3-0.6B: 28 layers, 8 KV heads of 128, bfloat16: 112 KiB a token.
+        let shape = KvShape {
+            layers: 28,
+            kv_heads: 8,
+            key_dim: 128,
+            value_dim: 128,
+            bytes_per_element: 2,
+        };
+        assert_eq!(shape.bytes_per_token(), 114_688);
+        let config = CacheConfig::for_pool(8 << 30, shape.bytes_per_token(), 32);
+        assert_eq!(config.block_bytes(), 3_670_016);
+        assert_eq!(config.total_blocks, 2340);
+        assert_eq!(config.room_after(74_000), 880);
+        assert_eq!(config.room_after(80_000), 0);
+    }
+
+    #[test]
+    fn sizes_that_make_no_cache_are_refused() {
+        let none = CacheConfig::for_pool(1000, 100, 16);
+        assert_eq!(none.check(), Err(ConfigError::NoBlocks { block_bytes: 1600 }));
+        assert_eq!(
+            CacheConfig {
+                block_size: 0,
+                ..none.clone()
+            }
+            .check(),
+            Err(ConfigError::NoBlockSize)
+        );
+        assert!(matches!(
+            CacheConfig {
+                total_blocks: usize::MAX,
+                ..none
+            }
+            .check(),
+            Err(ConfigError::TooManyBlocks { .. })
+        ));
+    }
+}
