@@ -124,3 +124,39 @@ fn upgraded_connections_pass_bytes_both_ways_and_hold_the_model() {
         (swapd.state("m") == "stopped").then_some(())
     });
 }
+
+/// The configuration that nix-ai emits for llama-swap, with another program in `cmd`.
+#[test]
+fn a_llama_swap_configuration_runs_unchanged() {
+    let config = r#"{"healthCheckTimeout":180,"logLevel":"info","logToStdout":"both",
+ "models":{"mlx-community/Qwen3-30B-A3B-4bit":{
+   "cmd":"FAKESERVER serve mlx-community/Qwen3-30B-A3B-4bit --port ${PORT} --host 127.0.0.1 --cache-memory-mb 8192 --gpu-memory-utilization 0.500000 --continuous-batching --enable-prefix-cache --max-num-seqs 4 --tool-call-parser hermes",
+   "ttl":900,"env":["HF_HOME=/Volumes/HuggingFace", "JOURNAL"],"checkEndpoint":"/v1/models",
+   "aliases":["coding","default","large-context","most-capable","oss","quickest","tool-calling"],
+   "useModelName":"mlx-community/Qwen3-30B-A3B-4bit","concurrencyLimit":2,
+   "filters":{"setParams":{"frequency_penalty":0.3,"presence_penalty":0.3}}}},
+ "groups":{"mlx-models":{"swap":true,"exclusive":true,"members":["mlx-community/Qwen3-30B-A3B-4bit"]}},
+ "hooks":{"on_startup":{"preload":["default"]}}}"#;
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let config = config.replacen('{', &format!("{{\"startPort\":{port},"), 1);
+    let swapd = Swapd::start_with(&config, &["-watch-config"]);
+    let id = "mlx-community/Qwen3-30B-A3B-4bit";
+    eventually("preloaded", Duration::from_secs(5), || {
+        (swapd.state(id) == "ready").then_some(())
+    });
+    for name in [id, "default", "coding"] {
+        let echo = swapd.chat(name, r#""echo":true"#).json();
+        let body: serde_json::Value = serde_json::from_str(echo["body"].as_str().unwrap()).unwrap();
+        assert_eq!(
+            (body["model"].as_str(), body["presence_penalty"].as_f64()),
+            (Some(id), Some(0.3))
+        );
+    }
+    assert_eq!(swapd.chat("gpt-4", "").status, 404);
+    assert_eq!(swapd.running()[0]["ttl"], 900);
+    assert_eq!(swapd.journalled("start").len(), 1);
+}
