@@ -113,6 +113,7 @@ impl<S: Clone> KvCache<S> {
         let needed_blocks = alone.max(together);
         (needed_blocks > self.config.total_blocks).then(|| TooLarge {
             needed_tokens,
+            sequences,
             capacity_tokens: self.config.capacity_tokens(),
             needed_blocks,
             capacity_blocks: self.config.total_blocks,
@@ -185,7 +186,6 @@ impl<S: Clone> KvCache<S> {
         let mut sequence = Sequence::new(arrival, prompt.len() + max_new_tokens, sequences - 1, per_fork);
         for &node in &found.path {
             self.tree.pin(node);
-            self.tree.touch(node, tick);
             if let Some(block) = self.tree.block(node) {
                 self.pool.retain(block);
                 sequence.blocks.push(block);
@@ -434,8 +434,8 @@ impl<S: Clone> KvCache<S> {
                     node
                 }
             };
+            // Its place in the LRU order is set when the last sequence lets go of it.
             self.tree.pin(node);
-            self.tree.touch(node, tick);
             sequence.path.push(node);
             let start = (sequence.path.len() - 1) * block_size;
             sequence.hand_snapshots(start, block_size, node, tick, &mut self.snapshots);
@@ -454,8 +454,6 @@ impl<S: Clone> KvCache<S> {
     /// An unknown sequence.
     pub fn skip_cached(&mut self, id: SeqId, upcoming: &[Token]) -> Result<usize, CacheError> {
         let block_size = self.config.block_size;
-        let available = self.available();
-        let tick = self.next_tick();
         let sequence = self
             .sequences
             .get_mut(&id)
@@ -466,26 +464,18 @@ impl<S: Clone> KvCache<S> {
         }
         let head = upcoming.split_last().map_or(&[][..], |(_, head)| head);
         let before = sequence.len;
-        let mut beyond = 0;
         for content in head.chunks_exact(block_size) {
             let Some(node) = self.tree.child(sequence.path.last().copied(), content) else {
                 break;
             };
             let Some(block) = self.tree.block(node) else { break };
-            if sequence.len + block_size > sequence.limit {
+            // Pinning takes an evictable block out of what covers the promises: it must be paid for like a fresh one.
+            // The credit always reaches to the end of the prompt.
+            if sequence.credit == 0 || sequence.len + block_size > sequence.limit {
                 break;
             }
-            // Pinning takes an evictable block out of what covers the promises: it must be paid like a fresh one.
-            if sequence.credit > 0 {
-                sequence.spend(&mut self.promised);
-            } else if !self.tree.is_pinned(node) {
-                if beyond == available {
-                    break;
-                }
-                beyond += 1;
-            }
+            sequence.spend(&mut self.promised);
             self.tree.pin(node);
-            self.tree.touch(node, tick);
             self.pool.retain(block);
             sequence.path.push(node);
             sequence.blocks.push(block);

@@ -111,8 +111,10 @@ pub struct Shortage {
 /// Why a request can never run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooLarge {
-    /// Tokens of KV at its longest: prompt and `max_new_tokens`.
+    /// Tokens of KV at its longest: prompt and `max_new_tokens`, of one alternative.
     pub needed_tokens: usize,
+    /// Alternatives asked for.
+    pub sequences: usize,
     /// Tokens of KV that the whole pool holds.
     pub capacity_tokens: usize,
     /// Blocks that it takes at the least, all `n` alternatives together.
@@ -127,11 +129,13 @@ pub struct TooLarge {
 
 impl fmt::Display for TooLarge {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the request needs KV for {} tokens", self.needed_tokens)?;
+        if self.sequences > 1 {
+            write!(f, " in {} alternatives", self.sequences)?;
+        }
         write!(
             f,
-            "the request needs KV for {} tokens ({} blocks, {} bytes), but the KV cache holds {} tokens ({} blocks, \
-             {} bytes)",
-            self.needed_tokens,
+            " ({} blocks, {} bytes), but the KV cache holds {} tokens ({} blocks, {} bytes)",
             self.needed_blocks,
             self.needed_bytes,
             self.capacity_tokens,

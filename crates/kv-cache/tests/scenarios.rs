@@ -70,6 +70,15 @@ fn an_exact_repeat_prefills_one_token() {
 }
 
 #[test]
+fn the_last_block_left_is_reused_where_it_lies() {
+    let mut cache = cache(1, 4);
+    converse(&mut cache, 1, &[1, 2, 3], &[]);
+    let again = admitted(admit(&mut cache, 2, &[1, 2, 3], 1, 1));
+    assert_eq!((again.cached_tokens, again.copies), (2, vec![]));
+    cache.audit().unwrap();
+}
+
+#[test]
 fn the_same_blocks_in_another_order_are_other_blocks() {
     let mut cache = cache(100, 4);
     let (x, y) = (tokens(0..8), tokens(8..16));
@@ -326,6 +335,30 @@ fn layers_with_a_state_continue_from_a_snapshot_at_the_history_boundary() {
     // Without the state the K and V alone are of no use.
     assert_eq!(cache.peek(&history), 0);
     cache.audit().unwrap();
+}
+
+#[test]
+fn a_snapshot_outlives_the_partly_filled_block_it_was_taken_in() {
+    let config = CacheConfig {
+        reuse: Reuse::Snapshots,
+        snapshot_bytes: 100,
+        ..config(100, 8)
+    };
+    let mut cache: KvCache<&str> = KvCache::new(config).unwrap();
+    admitted(admit(&mut cache, 1, &tokens(0..11), 1, 1));
+    cache.extend(SeqId(1), 11).unwrap();
+    cache.snapshot(SeqId(1), 10, 60, "after 10").unwrap();
+    cache.record(SeqId(1), &tokens(0..11)).unwrap();
+    cache.free(SeqId(1)).unwrap();
+    assert_eq!(cache.peek(&tokens(0..16)), 10);
+    // The block is filled by another one, and the part gives way to the whole.
+    assert_eq!(converse(&mut cache, 2, &tokens(0..20), &[]), 10);
+    assert_eq!(cache.chains().len(), 3);
+    assert_eq!(
+        admitted(admit(&mut cache, 3, &tokens(0..20), 1, 1)).snapshot,
+        Some("after 10")
+    );
+    assert_eq!(cache.usage().snapshots, 1);
 }
 
 #[test]

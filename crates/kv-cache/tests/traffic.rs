@@ -310,7 +310,12 @@ fn prompt() -> impl Strategy<Value = Vec<Token>> {
         Just(vec![0, 0, 0, 0, 0, 0, 0]),
         prop::collection::vec(0u32..3, 1..4),
     ];
-    prop::collection::vec(piece, 1..4).prop_map(|pieces| pieces.concat())
+    let pieces = prop::collection::vec(piece, 1..4).prop_map(|pieces| pieces.concat());
+    // And one conversation that goes on and on.
+    prop_oneof![
+        pieces,
+        (1usize..22).prop_map(|length| (0u32..).map(|n| n * n / 3 % 3).take(length).collect())
+    ]
 }
 
 fn job() -> impl Strategy<Value = Job> {
@@ -346,7 +351,7 @@ struct Setup {
 
 fn setup() -> impl Strategy<Value = Setup> {
     let sizes = (
-        2usize..24,
+        1usize..24,
         1usize..6,
         0usize..8,
         any::<bool>(),
