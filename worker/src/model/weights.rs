@@ -223,20 +223,46 @@ fn failed(file: &Path, reason: impl ToString) -> LoadError {
     }
 }
 
+/// The first tensor that ends behind the end of a safetensors file, and where it ends; `None` when the header itself
+/// cannot be read. <https://huggingface.co/docs/safetensors> has the format.
+fn first_cut_off(bytes: &[u8]) -> Option<(String, usize)> {
+    let (length, rest) = bytes.split_first_chunk::<8>()?;
+    let length = usize::try_from(u64::from_le_bytes(*length)).ok()?;
+    let header: serde_json::Map<String, Value> = serde_json::from_slice(rest.get(..length)?).ok()?;
+    let end = |tensor: &Value| {
+        let end = tensor.pointer("/data_offsets/1")?.as_u64()?;
+        usize::try_from(end).ok()?.checked_add(size_of::<u64>() + length)
+    };
+    header
+        .into_iter()
+        .filter_map(|(name, tensor)| Some((name, end(&tensor)?)))
+        .filter(|(_, end)| *end > bytes.len())
+        .min_by_key(|(_, end)| *end)
+}
+
 impl Shard {
     fn open(path: PathBuf, mapped: bool) -> Result<Self, LoadError> {
         let file = MappedFile::open(&path).map_err(|error| failed(&path, error))?;
         let bytes = file.bytes();
         // Checks the header and that the file ends where the last tensor does.
-        let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| {
-            failed(
-                &path,
-                format!(
-                    "{} bytes, truncated or corrupt safetensors file: {error:?}",
-                    bytes.len()
+        let (header, metadata) =
+            SafeTensors::read_metadata(bytes).map_err(|error| match first_cut_off(bytes) {
+                Some((tensor, end)) => LoadError::Tensor {
+                    file: path.clone(),
+                    tensor,
+                    reason: format!(
+                        "truncated or corrupt file: it should end at byte {end}, the file has {} bytes",
+                        bytes.len()
+                    ),
+                },
+                None => failed(
+                    &path,
+                    format!(
+                        "{} bytes, truncated or corrupt safetensors file: {error:?}",
+                        bytes.len()
+                    ),
                 ),
-            )
-        })?;
+            })?;
         // Eight bytes with the header's length, then the header.
         let data_start = header + size_of::<u64>();
         let words = if mapped { Some(file.words()?) } else { None };
