@@ -6,6 +6,7 @@
 //! Environment: `FAKE_START_MS` delay before it is ready; `FAKE_IGNORE_TERM=1` neither SIGTERM nor a stop order ends it;
 //! `FAKE_FAIL=text` writes the text to stderr and exits 3 instead of getting ready; `FAKE_JOURNAL=file` one line per
 //! event (start, ready, stop, gone, late, disconnect); `FAKE_FORK=1` leaves a child that ignores SIGTERM in a session of its own;
+//! `FAKE_HTTP10=1` answers as HTTP/1.0, ended by closing;
 //! `FAKE_CHATTER=n` lines on stderr at the start.
 //!
 //! Body: `{"stream":true,"events":n,"gap_ms":t,"die_after":k}` streams n events, dies after k; `{"delay_ms":t}` answers
@@ -116,6 +117,10 @@ async fn main() {
     loop {
         let (stream, _) = listener.accept().await.unwrap();
         stream.set_nodelay(true).unwrap();
+        if env("FAKE_HTTP10").is_some() {
+            tokio::spawn(until_close(stream));
+            continue;
+        }
         tokio::spawn(
             http1::Builder::new()
                 .serve_connection(TokioIo::new(stream), service_fn(answer))
@@ -161,6 +166,42 @@ async fn control(socket: UnixStream, port: u16, stubborn: bool) {
                 }
             },
         }
+    }
+}
+
+/// As Python's http.server does it: neither length nor chunks, the end of the connection ends the reply.
+async fn until_close(mut stream: tokio::net::TcpStream) {
+    let mut request = Vec::new();
+    let body = loop {
+        let mut piece = [0; 4096];
+        let n = tokio::io::AsyncReadExt::read(&mut stream, &mut piece)
+            .await
+            .unwrap();
+        request.extend_from_slice(&piece[..n]);
+        let text = String::from_utf8_lossy(&request).into_owned();
+        if let Some((head, body)) = text.split_once("\r\n\r\n")
+            && (head.starts_with("GET") || serde_json::from_str::<Value>(body).is_ok())
+        {
+            break body.to_owned();
+        }
+        if n == 0 {
+            return;
+        }
+    };
+    let ask: Value = serde_json::from_str(&body).unwrap_or(Value::Null);
+    stream
+        .write_all(b"HTTP/1.0 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        .await
+        .unwrap();
+    for n in 0..ask["events"].as_u64().unwrap_or(0) {
+        if ask["die_after"] == n {
+            die();
+        }
+        stream
+            .write_all(format!("data: {n}\n\n").as_bytes())
+            .await
+            .unwrap();
+        tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
 

@@ -361,6 +361,12 @@ impl Trace {
         self.meter.feed(bytes);
     }
 
+    /// Whether the reply's last bytes are the end mark of a stream (OpenAI's or Anthropic's).
+    #[must_use]
+    pub fn saw_end(&self) -> bool {
+        self.meter.saw_end()
+    }
+
     /// The reply is complete.
     pub fn complete(&mut self) {
         self.complete = true;

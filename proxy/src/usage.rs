@@ -5,6 +5,8 @@ use serde_json::Value;
 /// Bytes kept of the beginning (Anthropic's `message_start` has the prompt's tokens) and of the end.
 const HEAD: usize = 2 * 1024;
 const TAIL: usize = 8 * 1024;
+/// Last bytes in which the end mark of a stream is looked for.
+const END: usize = 128;
 
 /// Tokens of one request, as far as the reply says.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -39,6 +41,20 @@ impl Meter {
             let surplus = self.tail.len() - TAIL;
             self.tail.drain(..surplus);
         }
+    }
+
+    /// Whether the last bytes hold the end mark of a stream.
+    #[must_use]
+    pub fn saw_end(&self) -> bool {
+        let part = if self.tail.is_empty() {
+            &self.head
+        } else {
+            &self.tail
+        };
+        let last = part.get(part.len().saturating_sub(END)..).unwrap_or(part);
+        [b"[DONE]".as_slice(), b"message_stop"]
+            .iter()
+            .any(|mark| memchr::memmem::find(last, mark).is_some())
     }
 
     /// What the reply said.

@@ -213,6 +213,20 @@ fn sigkill_of_the_worker_breaks_the_stream_and_the_next_request_works() {
     }
 }
 
+/// Where the end of the connection is the end of the reply, only the death of the process tells a broken one.
+#[test]
+fn a_reply_ended_by_closing_is_told_from_one_that_died() {
+    let swapd = Swapd::start("models: {m: {cmd: 'FAKESERVER --port ${PORT}', env: [FAKE_HTTP10=1]}}");
+    let whole = swapd.chat("m", r#""stream":true,"events":10"#);
+    assert!(whole.complete && whole.body.ends_with("data: 9\n\n"), "{whole:?}");
+    let broken = swapd.chat("m", r#""stream":true,"events":10,"die_after":5"#);
+    assert!(
+        !broken.complete && broken.body.contains("upstream_died"),
+        "{broken:?}"
+    );
+    assert!(swapd.chat("m", r#""stream":true,"events":3"#).complete);
+}
+
 #[test]
 fn death_before_the_reply_is_502_with_the_last_lines() {
     let swapd = Swapd::start("models: {m: {worker: {model: DIR, env: [FAKE_CHATTER=30]}}}");

@@ -11,11 +11,11 @@
 mod common;
 
 use std::collections::BTreeMap;
-use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use common::{Swapd, alive, eventually, signal};
 use nix::sys::signal::Signal;
+use parking_lot::Mutex;
 
 /// A small generator of its own (xorshift), so that a seed names a run.
 struct Dice(u64);
@@ -116,8 +116,12 @@ fn nothing_is_lost_and_nothing_is_left() {
                         }
                     };
                     let took = begun.elapsed();
-                    assert!(took < Duration::from_secs(15), "{model} {outcome} took {took:?}; {:?}", swapd.get("/running").body);
-                    *outcomes.lock().unwrap().entry(outcome).or_default() += 1;
+                    assert!(
+                        took < Duration::from_secs(15),
+                        "{model} {outcome} took {took:?}; {:?}",
+                        swapd.get("/running").body
+                    );
+                    *outcomes.lock().entry(outcome).or_default() += 1;
                 }
             });
         }
@@ -148,7 +152,7 @@ fn nothing_is_lost_and_nothing_is_left() {
             }
         });
     });
-    let outcomes = outcomes.into_inner().unwrap();
+    let outcomes = outcomes.into_inner();
     println!("{outcomes:?}");
     assert!(outcomes["ok"] > 10, "{outcomes:?}");
     // Refusals are of the kinds that were provoked, and none else.

@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use api_types::error::ApiError;
 use bytes::{Bytes, BytesMut};
@@ -17,6 +17,9 @@ use super::pending::{COMMENT, Pending, SILENCE};
 use crate::activity::Trace;
 use crate::house::Lease;
 use crate::upstream::Conn;
+
+/// How long the death of a process may take to be seen after its connection was closed.
+const DEATH: Duration = Duration::from_millis(50);
 
 /// Why a request's body could not be read.
 #[derive(Debug)]
@@ -126,7 +129,7 @@ impl HttpBody for Body {
             Self::Upstream(body) => match &body.state {
                 Flow::Open(incoming, _) => incoming.size_hint(),
                 Flow::Done => SizeHint::with_exact(0),
-                Flow::Flushing | Flow::Broken => SizeHint::default(),
+                Flow::Closing(_) | Flow::Flushing | Flow::Broken => SizeHint::default(),
             },
             Self::Channel(_) | Self::Pending(_) => SizeHint::default(),
         }
@@ -145,13 +148,26 @@ pub struct UpstreamBody {
     /// Fires after a long silence in a stream of events; `None` until the first wait.
     silence: Option<Pin<Box<Sleep>>>,
     last_piece: Instant,
+    /// The reply has neither length nor chunks: the end of the connection is its end, whether meant or not.
+    ends_on_close: bool,
     /// The last bytes ended an event.
     between_events: bool,
+}
+
+/// Whether the process has died.
+struct Verdict(Pin<Box<dyn Future<Output = bool> + Send>>);
+
+impl std::fmt::Debug for Verdict {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Verdict")
+    }
 }
 
 #[derive(Debug)]
 enum Flow {
     Open(Incoming, Conn),
+    /// The connection has been closed where that is the end of the reply, unless the process has died (`true`).
+    Closing(Verdict),
     /// An error event has been handed out and must be on its way before the connection is cut.
     Flushing,
     Broken,
@@ -159,9 +175,17 @@ enum Flow {
 }
 
 impl UpstreamBody {
-    /// Passes `incoming` through.
+    /// Passes `incoming` through. `events`: it is a stream of server-sent events; `ends_on_close`: it has neither
+    /// length nor chunks.
     #[must_use]
-    pub fn new(incoming: Incoming, conn: Conn, lease: Lease, trace: Trace, events: bool) -> Self {
+    pub fn new(
+        incoming: Incoming,
+        conn: Conn,
+        lease: Lease,
+        trace: Trace,
+        events: bool,
+        ends_on_close: bool,
+    ) -> Self {
         let mut body = Self {
             state: Flow::Open(incoming, conn),
             lease: Some(lease),
@@ -169,6 +193,7 @@ impl UpstreamBody {
             events,
             silence: None,
             last_piece: Instant::now(),
+            ends_on_close,
             between_events: true,
         };
         if matches!(&body.state, Flow::Open(incoming, _) if incoming.is_end_stream()) {
@@ -178,6 +203,13 @@ impl UpstreamBody {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        if let Flow::Closing(verdict) = &mut self.state {
+            if ready!(verdict.0.as_mut().poll(cx)) {
+                return Poll::Ready(Some(self.break_off(&"closed by a process that died")));
+            }
+            self.finish();
+            return Poll::Ready(None);
+        }
         let Flow::Open(incoming, _) = &mut self.state else {
             return match self.state {
                 Flow::Flushing => {
@@ -186,7 +218,7 @@ impl UpstreamBody {
                     Poll::Pending
                 }
                 Flow::Broken => Poll::Ready(Some(Err(Broken))),
-                Flow::Open(..) | Flow::Done => Poll::Ready(None),
+                Flow::Open(..) | Flow::Closing(_) | Flow::Done => Poll::Ready(None),
             };
         };
         let next = match Pin::new(incoming).poll_frame(cx) {
@@ -207,6 +239,18 @@ impl UpstreamBody {
                 Poll::Ready(Some(Ok(frame)))
             }
             None => {
+                let ordered = self.lease.as_ref().is_some_and(|l| l.wire.why_cut().is_some());
+                if ordered || self.trace.running.is_cancelled() {
+                    return Poll::Ready(Some(self.break_off(&"ended by order")));
+                }
+                if self.ends_on_close
+                    && !self.trace.saw_end()
+                    && let Some(lease) = &self.lease
+                {
+                    let process = lease.process.clone();
+                    self.state = Flow::Closing(Verdict(Box::pin(async move { process.ended(DEATH).await })));
+                    return self.poll(cx);
+                }
                 self.finish();
                 Poll::Ready(None)
             }
@@ -249,7 +293,7 @@ impl UpstreamBody {
         }
     }
 
-    fn break_off(&mut self, error: &hyper::Error) -> Result<Frame<Bytes>, Broken> {
+    fn break_off(&mut self, error: &dyn std::fmt::Display) -> Result<Frame<Bytes>, Broken> {
         let lease = self.lease.take();
         let cut = lease.as_ref().and_then(|l| l.wire.why_cut());
         let model = &self.trace.running.model;

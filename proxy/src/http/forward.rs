@@ -366,6 +366,8 @@ pub(super) fn prefixed(prefix: &str, path: &PathAndQuery) -> Result<Uri, ApiErro
 
 fn pass_back(response: Response<Incoming>, conn: Conn, lease: Lease, mut trace: Trace) -> Response<Body> {
     let (mut parts, incoming) = response.into_parts();
+    let bounded = parts.headers.contains_key(header::CONTENT_LENGTH)
+        || parts.headers.contains_key(header::TRANSFER_ENCODING);
     drop_hop_by_hop(&mut parts.headers);
     let kind = parts
         .headers
@@ -383,7 +385,9 @@ fn pass_back(response: Response<Incoming>, conn: Conn, lease: Lease, mut trace: 
     parts.version = http::Version::HTTP_11;
     Response::from_parts(
         parts,
-        Body::Upstream(Box::new(UpstreamBody::new(incoming, conn, lease, trace, events))),
+        Body::Upstream(Box::new(UpstreamBody::new(
+            incoming, conn, lease, trace, events, !bounded,
+        ))),
     )
 }
 
