@@ -362,6 +362,54 @@ fn a_snapshot_outlives_the_partly_filled_block_it_was_taken_in() {
 }
 
 #[test]
+fn a_snapshot_outlives_a_part_that_a_longer_part_replaces() {
+    let config = CacheConfig {
+        reuse: Reuse::Snapshots,
+        snapshot_bytes: 100,
+        ..config(100, 8)
+    };
+    let mut cache: KvCache<&str> = KvCache::new(config).unwrap();
+    for (id, length) in [(1, 11), (2, 13)] {
+        let found = admitted(admit(&mut cache, id, &tokens(0..length), 1, 1));
+        cache
+            .extend(SeqId(id), length as usize - found.cached_tokens)
+            .unwrap();
+        cache
+            .record(SeqId(id), &tokens(found.cached_tokens as Token..length))
+            .unwrap();
+        if id == 1 {
+            cache.snapshot(SeqId(1), 10, 60, "after 10").unwrap();
+        }
+        cache.free(SeqId(id)).unwrap();
+    }
+    assert_eq!(cache.chains(), [tokens(0..8), tokens(0..13)]);
+    assert_eq!(
+        admitted(admit(&mut cache, 3, &tokens(0..20), 1, 1)).snapshot,
+        Some("after 10")
+    );
+}
+
+#[test]
+fn the_later_snapshot_wins_over_the_longer_match() {
+    let config = CacheConfig {
+        reuse: Reuse::Snapshots,
+        snapshot_bytes: 100,
+        ..config(100, 8)
+    };
+    let mut cache: KvCache<&str> = KvCache::new(config).unwrap();
+    let prompts: [&[Token]; 2] = [&[1, 2, 3, 4, 5, 9, 9, 9], &[1, 2, 3, 4, 8, 8, 8, 8]];
+    for (id, prompt, position, state) in [(1, prompts[0], 2, "after 2"), (2, prompts[1], 4, "after 4")] {
+        let cached = admitted(admit(&mut cache, id, prompt, 0, 1)).cached_tokens;
+        cache.extend(SeqId(id), 8 - cached).unwrap();
+        cache.record(SeqId(id), &prompt[cached..]).unwrap();
+        cache.snapshot(SeqId(id), position, 10, state).unwrap();
+        cache.free(SeqId(id)).unwrap();
+    }
+    let found = admitted(admit(&mut cache, 3, &[1, 2, 3, 4, 5, 9, 7, 7], 0, 1));
+    assert_eq!((found.cached_tokens, found.snapshot), (4, Some("after 4")));
+}
+
+#[test]
 fn without_the_prefix_cache_nothing_is_kept() {
     let mut cache: KvCache<()> = KvCache::new(CacheConfig {
         prefix_cache: false,
