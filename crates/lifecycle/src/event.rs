@@ -76,7 +76,8 @@ pub enum Event {
         /// Models whose process must be replaced because its definition changed. (Removed ones are found by themselves.)
         changed: Vec<ModelId>,
     },
-    /// The proxy ends: nothing new is accepted, requests in flight have this long.
+    /// The proxy ends: nothing new is accepted, requests in flight have this long. Given again, it is in a hurry:
+    /// processes that have been asked to end have this long too.
     Shutdown {
         /// Milliseconds until requests in flight are cut.
         grace_ms: Millis,

@@ -363,9 +363,14 @@ impl Lifecycle {
                 continue;
             };
             (m.failures, m.failure, m.retry_at) = (0, None, now);
-            if matches!(m.phase, Phase::Ready { .. }) {
-                m.restart = Some(seq);
-                self.next_seq += 1;
+            match m.phase {
+                Phase::Ready { .. } => {
+                    m.restart = Some(seq);
+                    self.next_seq += 1;
+                }
+                // Edited again while it comes back: it still has to.
+                Phase::Starting { for_restart, .. } => m.restart = for_restart,
+                _ => {}
             }
             self.send_away(now, id, Drain::Replace, effects);
         }
@@ -373,6 +378,7 @@ impl Lifecycle {
     }
 
     fn shut_down(&mut self, now: Millis, grace_ms: Millis, effects: &mut Vec<Effect>) -> bool {
+        let again = self.shutdown.is_some();
         self.shutdown.get_or_insert(false);
         let ids: Vec<ModelId> = self.models.keys().cloned().collect();
         for id in ids {
@@ -382,6 +388,15 @@ impl Lifecycle {
             }
             let until = now.saturating_add(grace_ms);
             self.send_away(now, &id, Drain::Until(until, CutReason::ShuttingDown), effects);
+            // Ordered again: whoever has been asked to end already is not waited for any longer than this.
+            if again
+                && let Some(m) = self.models.get_mut(&id)
+                && let Phase::Stopping {
+                    kill_at: Some(at), ..
+                } = &mut m.phase
+            {
+                *at = until.min(*at);
+            }
         }
         true
     }

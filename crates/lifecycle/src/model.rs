@@ -23,6 +23,8 @@ pub(crate) enum Phase {
     Starting {
         instance: Instance,
         deadline: Millis,
+        /// It takes the place of a process whose definition changed (the order of arrival): nobody needs to wait.
+        for_restart: Option<u64>,
     },
     Ready {
         instance: Instance,
@@ -135,6 +137,11 @@ impl Model {
     pub(crate) fn front_seq(&self) -> u64 {
         let waiter = self.queue.front().map(|w| w.seq);
         waiter.into_iter().chain(self.restart).min().unwrap_or(u64::MAX)
+    }
+
+    /// Whether it is to be started although nobody waits for it.
+    pub(crate) fn only_restarts(&self) -> bool {
+        self.queue.is_empty() && self.restart.is_some()
     }
 
     pub(crate) fn forget_passing(&mut self) {

@@ -88,7 +88,9 @@ impl Lifecycle {
                 continue;
             };
             match &mut m.phase {
-                Phase::Starting { deadline, instance } if *deadline <= now => {
+                Phase::Starting {
+                    deadline, instance, ..
+                } if *deadline <= now => {
                     // A process that does not get ready is not asked politely.
                     let (instance, ms) = (*instance, m.policy.start_timeout_ms);
                     m.phase = Phase::Stopping {
@@ -103,7 +105,9 @@ impl Lifecycle {
                     });
                     self.start_failed(now, id, failure, effects);
                 }
-                Phase::Starting { .. } if m.queue.is_empty() && m.policy.abandoned == Abandoned::Cancel => {
+                Phase::Starting {
+                    for_restart: None, ..
+                } if m.queue.is_empty() && m.policy.abandoned == Abandoned::Cancel => {
                     self.begin_stop(now, id, effects);
                 }
                 Phase::Stopping { instance, kill_at } if kill_at.is_some_and(|at| at <= now) => {
@@ -230,7 +234,9 @@ impl Lifecycle {
         self.models
             .iter()
             .filter(move |(other, m)| {
-                m.wants_start(now) && self.residency.evictions(other, &occupied).contains(&id)
+                m.wants_start(now)
+                    && !m.only_restarts()
+                    && self.residency.evictions(other, &occupied).contains(&id)
             })
             .map(|(_, m)| m)
     }
@@ -247,6 +253,7 @@ impl Lifecycle {
             let occupied = self.occupied();
             let passed = self.models.iter().filter(|(other, m)| {
                 m.wants_start(now)
+                    && !m.only_restarts()
                     && m.front_seq() < seq
                     && self.residency.evictions(other, &occupied).contains(&id)
             });
@@ -273,19 +280,30 @@ impl Lifecycle {
         if self.shutdown.is_some() {
             return false;
         }
-        let mut wanting: Vec<(bool, i32, u64, ModelId)> = self
+        let mut wanting: Vec<(bool, bool, i32, u64, ModelId)> = self
             .models
             .iter()
             .filter(|(_, m)| m.wants_start(now))
-            .map(|(id, m)| (self.due(now, m), m.policy.priority, m.front_seq(), id.clone()))
+            .map(|(id, m)| {
+                let due = self.due(now, m);
+                (
+                    m.only_restarts(),
+                    due,
+                    m.policy.priority,
+                    m.front_seq(),
+                    id.clone(),
+                )
+            })
             .collect();
-        wanting.sort_by_key(|(due, priority, seq, _)| {
-            // Among those that have waited too long only the order of arrival counts.
-            (Reverse(*due), Reverse(if *due { 0 } else { *priority }), *seq)
+        wanting.sort_by_key(|(nobody, due, priority, seq, _)| {
+            // Somebody who waits comes before a mere restart. Among those that have waited too long only the order of
+            // arrival counts.
+            let rank = Reverse(if *due { 0 } else { *priority });
+            (*nobody, Reverse(*due), rank, *seq)
         });
         let mut pending: Vec<ModelId> = Vec::new();
         let mut moved = false;
-        for (due, _, _, target) in wanting {
+        for (nobody, due, _, _, target) in wanting {
             let occupied = self.occupied();
             // Nothing is started that an earlier one in the line would evict again.
             let yields = pending.iter().any(|p| {
@@ -294,7 +312,9 @@ impl Lifecycle {
                 self.residency.evictions(p, &with_target).contains(&&target)
             });
             if yields {
-                pending.push(target);
+                if !nobody {
+                    pending.push(target);
+                }
                 continue;
             }
             if self.residency.evictions(&target, &occupied).is_empty() {
@@ -309,6 +329,15 @@ impl Lifecycle {
                 .into_iter()
                 .cloned()
                 .collect();
+            if nobody {
+                // It does not drive anybody out: its place has been given away, or is about to be free.
+                if !victims.is_empty()
+                    && let Some(m) = self.models.get_mut(&target)
+                {
+                    m.restart = None;
+                }
+                continue;
+            }
             pending.push(target);
             if !victims.is_empty() && victims.iter().all(|v| self.idle(now, v)) {
                 for victim in &victims {
@@ -331,9 +360,9 @@ impl Lifecycle {
         m.phase = Phase::Starting {
             instance,
             deadline: now.saturating_add(m.policy.start_timeout_ms),
+            for_restart: m.restart.take(),
         };
         m.inflight = 0;
-        m.restart = None;
         m.forget_passing();
         effects.push(Effect::Start(id.clone(), instance));
     }

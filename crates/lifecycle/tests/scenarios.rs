@@ -433,3 +433,98 @@ fn minimum_stay_holds_off_a_swap() {
     assert_eq!(h.core.deadline(h.now), Some(4_000));
     assert_eq!(h.tick_at(4_000), [Effect::Stop(name("a"), Instance(0))]);
 }
+
+/// Everybody may be resident beside everybody.
+#[derive(Debug)]
+struct Together;
+
+impl lifecycle::Residency for Together {
+    fn evictions<'a>(&self, _: &ModelId, _: &[&'a ModelId]) -> Vec<&'a ModelId> {
+        Vec::new()
+    }
+}
+
+fn together(models: &[&str]) -> Config {
+    let policy = Policy {
+        abandoned: lifecycle::Abandoned::Cancel,
+        ..Policy::default()
+    };
+    Config {
+        residency: Arc::new(Together),
+        ..config(models, &policy)
+    }
+}
+
+fn edit(config: Config, changed: &[&str]) -> Event {
+    Event::Reload {
+        config,
+        changed: changed.iter().map(|m| name(m)).collect(),
+    }
+}
+
+/// A restart is nobody's load and still no abandoned one.
+#[test]
+fn restarts_after_an_edit_do_not_cancel_each_other() {
+    let mut h = House::new(&[], &Policy::default());
+    h.step(edit(together(&["a", "b"]), &[]));
+    for model in ["a", "b"] {
+        let request = h.serving(model);
+        h.step(Event::Finished(request));
+    }
+    assert_eq!(
+        h.step(edit(together(&["a", "b"]), &["a", "b"])).len(),
+        2,
+        "both stop"
+    );
+    assert_eq!(h.exit("a"), [Effect::Start(name("a"), Instance(2))]);
+    assert_eq!(h.exit("b"), [Effect::Start(name("b"), Instance(3))]);
+    assert!(h.ready("a").is_empty() && h.ready("b").is_empty());
+    assert_eq!((h.state("a"), h.state("b")), (State::Ready, State::Ready));
+}
+
+#[test]
+fn a_second_edit_during_the_restart_does_not_lose_it() {
+    let mut h = House::new(&[], &Policy::default());
+    h.step(edit(together(&["a"]), &[]));
+    let request = h.serving("a");
+    h.step(Event::Finished(request));
+    for instance in [1, 2, 3] {
+        h.step(edit(together(&["a"]), &["a"]));
+        assert_eq!(h.exit("a"), [Effect::Start(name("a"), Instance(instance))]);
+    }
+    // A load that somebody asked for and left is still cancelled under this policy.
+    h.ready("a");
+    h.step(edit(together(&["a", "b"]), &[]));
+    let (gone, _) = h.request("b");
+    assert_eq!(
+        h.step(Event::Cancelled(gone)),
+        [Effect::Stop(name("b"), Instance(4))]
+    );
+}
+
+/// Whoever waits comes first, and a model that nobody waits for drives nobody out.
+#[test]
+fn a_restart_yields_to_those_who_wait() {
+    let mut h = House::new(&["a", "b"], &Policy::default());
+    let a = h.serving("a");
+    h.step(edit(config(&["a", "b"], &Policy::default()), &["a"]));
+    let (b, _) = h.request("b");
+    assert_eq!(h.step(Event::Finished(a)), [Effect::Stop(name("a"), Instance(0))]);
+    assert_eq!(h.exit("a"), [Effect::Start(name("b"), Instance(1))]);
+    assert_eq!(h.ready("b"), [Effect::Dispatch(b, name("b"), Instance(1))]);
+    assert!(h.step(Event::Finished(b)).is_empty(), "b stays");
+    assert!(h.tick_at(100_000).is_empty());
+    assert_eq!(h.state("b"), State::Ready);
+}
+
+#[test]
+fn a_second_shutdown_kills_what_was_asked_to_end() {
+    let mut h = House::new(&["a"], &Policy::default());
+    let a = h.serving("a");
+    h.step(Event::Finished(a));
+    let shutdown = |grace_ms| Event::Shutdown { grace_ms };
+    assert_eq!(h.step(shutdown(5_000)), [Effect::Stop(name("a"), Instance(0))]);
+    h.now = 1_000;
+    assert_eq!(h.step(shutdown(0)), [Effect::Kill(name("a"), Instance(0))]);
+    assert_eq!(h.exit("a"), [Effect::ShutdownComplete]);
+}
