@@ -238,6 +238,6 @@ fn scheduler(root: &Node) -> Scheduler {
         max_queue: number(fifo, "maxQueue").unwrap_or(256),
         max_queue_age: time("maxQueueAge", 600),
         min_stay: time("minStay", 0),
-        keep_abandoned_loads: flag(fifo, "keepAbandonedLoads").unwrap_or(false),
+        keep_abandoned_loads: flag(fifo, "keepAbandonedLoads").unwrap_or(true),
     }
 }

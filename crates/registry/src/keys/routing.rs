@@ -190,8 +190,8 @@ static FIFO: Object = Object {
         key(
             "keepAbandonedLoads",
             Ty::Bool,
-            "false",
-            "Finish a load that nobody waits for any more, instead of cancelling it.",
+            "true",
+            "Finish a load that nobody waits for any more, unless its room is wanted; false: cancel it at once.",
         ),
     ],
 };
