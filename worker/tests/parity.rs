@@ -114,7 +114,6 @@ fn greedy(prompt: &[u32]) -> GenerateRequest {
         max_tokens: 64,
         sampling: SamplingParams::greedy(),
         stop_tokens: Vec::new(),
-        ignore_eos: false,
         logprobs: None,
     }
 }

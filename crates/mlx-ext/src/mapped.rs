@@ -52,23 +52,22 @@ impl MappedFile {
         &self.map
     }
 
-    /// The array over the whole file, as 8-byte words; the last word may reach beyond the file's end, into the zeros
-    /// that fill its last page.
+    /// The array over the whole file, as 8-byte words. It covers whole pages (Metal takes no other memory without a
+    /// copy), so that its end lies beyond the file's, in the zeros that fill the last page.
     ///
     /// # Errors
     ///
     /// A file of more than 16 GiB.
     pub fn words(&self) -> Result<MappedWords> {
         let length = self.map.len();
-        let words = i32::try_from(length.div_ceil(WORD)).map_err(|_| {
+        let words = i32::try_from(length.next_multiple_of(page_size()) / WORD).map_err(|_| {
             Exception::custom(format!(
                 "a file of {length} bytes is too large for one array (at most 16 GiB)"
             ))
         })?;
         let payload = Arc::into_raw(Arc::clone(&self.map));
         let array = error::array(|result| {
-            // SAFETY: the data are readable for `words` words, since a mapping covers whole pages and a page is a
-            // multiple of a word. MLX never writes to them: it only donates buffers it has allocated itself, and this
+            // SAFETY: the data are readable for `words` words, since a mapping covers whole pages. MLX never writes to them: it only donates buffers it has allocated itself, and this
             // one is always shared with the tensors cut from it. The payload keeps the mapping alive until MLX calls
             // `release`, which happens once.
             unsafe {
@@ -83,8 +82,26 @@ impl MappedFile {
                 i32::from((*result).ctx.is_null())
             }
         })?;
-        Ok(MappedWords { array, length })
+        // SAFETY: the array was just made from data, so that it is evaluated and has some.
+        let data = unsafe { mlx_sys::mlx_array_data_uint64(array.as_ptr()) };
+        let in_place = data.cast::<u8>() == self.map.as_ptr();
+        Ok(MappedWords {
+            array,
+            length,
+            in_place,
+        })
     }
+}
+
+/// Bytes of a page of memory.
+fn page_size() -> usize {
+    use nix::unistd::{SysconfVar, sysconf};
+    let asked = sysconf(SysconfVar::PAGE_SIZE)
+        .ok()
+        .flatten()
+        .and_then(|bytes| usize::try_from(bytes).ok());
+    // Every system answers; 4096 divides every page size there is, so that it is never too much.
+    asked.filter(|&bytes| bytes >= WORD).unwrap_or(4096)
 }
 
 /// Called by MLX when the last array over a mapping is gone.
@@ -99,6 +116,7 @@ pub struct MappedWords {
     array: Array,
     /// Bytes in the file.
     length: usize,
+    in_place: bool,
 }
 
 /// A tensor's place in a file.
@@ -115,6 +133,12 @@ pub struct MappedTensor<'a> {
 }
 
 impl MappedWords {
+    /// Whether the array is the file's own pages, and not a copy of them.
+    #[must_use]
+    pub fn in_place(&self) -> bool {
+        self.in_place
+    }
+
     /// The tensor as a view of the file's array, or `None` when its first byte does not lie on a multiple of its
     /// element's size: the hardware cannot read it in place, and the caller has to copy it.
     ///
@@ -224,6 +248,16 @@ mod tests {
         assert!(tensor(12, &[2]).is_err());
         assert!(tensor(usize::MAX - 3, &[1]).is_err());
         assert!(tensor(0, &[-1]).is_err());
+    }
+
+    /// Metal must take the pages as they are; the CPU build copies them.
+    #[test]
+    fn pages_are_taken_in_place_on_metal() {
+        let (_file, mapped) = file(&[1; 100_001]);
+        assert_eq!(
+            mapped.words().unwrap().in_place(),
+            crate::runtime().unwrap().device == "metal"
+        );
     }
 
     #[test]

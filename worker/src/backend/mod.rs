@@ -48,8 +48,6 @@ pub struct GenerateRequest {
     /// Ids that end the reply (the model's end-of-sequence set). The one that did is not sent as a
     /// [`GenerationEvent::Token`] but counts in [`Usage::completion_tokens`].
     pub stop_tokens: Vec<u32>,
-    /// Never end on [`Self::stop_tokens`]; they are sent like any token.
-    pub ignore_eos: bool,
     /// `Some(k)`: report each token's log-probability and those of the `k` likeliest, `k` in 0..=20.
     pub logprobs: Option<usize>,
 }
@@ -122,7 +120,7 @@ pub enum GenerationEvent {
         /// already, because a reply that ends at a stop string never sees the engine's own end.)
         cached_tokens: usize,
     },
-    /// One generated token, never one of the stop tokens (unless `ignore_eos`).
+    /// One generated token, never one of the stop tokens.
     Token {
         /// Its id.
         id: u32,
@@ -239,6 +237,8 @@ pub struct ModelInfo {
     pub vocab_size: usize,
     /// Bytes of the weights.
     pub weight_bytes: u64,
+    /// Requests that can run and wait at the same time.
+    pub capacity: usize,
     /// Effective limits, reported in the `ready` line and at `/status`: free-form numbers by name.
     pub limits: serde_json::Map<String, serde_json::Value>,
 }

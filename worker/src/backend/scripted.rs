@@ -67,6 +67,9 @@ struct Shared {
     stats: Mutex<EngineStats>,
 }
 
+/// What [`ModelInfo::capacity`] says; it is the planner that refuses.
+const CAPACITY: usize = 6;
+
 impl ScriptedBackend {
     /// A backend of the given context length and vocabulary, whose requests go as `planner` says.
     pub fn new(
@@ -80,6 +83,7 @@ impl ScriptedBackend {
                 context_length,
                 vocab_size,
                 weight_bytes: 0,
+                capacity: CAPACITY,
                 limits: serde_json::Map::new(),
             },
             planner: Box::new(planner),

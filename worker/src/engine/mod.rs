@@ -17,8 +17,8 @@ mod stats;
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::Ordering::Relaxed;
-use std::sync::mpsc::{self, TrySendError};
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::mpsc;
 use std::time::Duration;
 
 use serde_json::json;
@@ -50,6 +50,13 @@ pub struct EngineConfig {
     pub buffer_cache_bytes: usize,
 }
 
+impl EngineConfig {
+    /// Requests that can run and wait at the same time.
+    fn capacity(&self) -> usize {
+        self.max_running.saturating_add(self.max_waiting)
+    }
+}
+
 /// Why the engine could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
@@ -79,7 +86,8 @@ pub struct Engine {
     counters: Arc<Counters>,
     state: watch::Receiver<EngineState>,
     info: ModelInfo,
-    max_waiting: usize,
+    /// Set once, by [`Backend::stop`]; the thread looks at it on every turn.
+    stopping: Arc<AtomicBool>,
 }
 
 impl Engine {
@@ -93,12 +101,12 @@ impl Engine {
         mut progress: impl FnMut(LoadProgress) + Send + 'static,
     ) -> Result<Self, StartError> {
         let counters = Arc::new(Counters::new());
-        // One more than may wait, for `stop`.
-        let (commands, inbox) = mpsc::sync_channel(config.max_waiting + 1);
+        // Room for every request that may be there at a time; one more for the wake-up of `stop`.
+        let (commands, inbox) = mpsc::sync_channel(config.capacity() + 1);
         let (state_sender, state) = watch::channel(EngineState::Running);
         let (ready_sender, ready) = oneshot::channel();
-        let max_waiting = config.max_waiting;
-        let for_thread = Arc::clone(&counters);
+        let stopping = Arc::new(AtomicBool::new(false));
+        let (for_thread, stop_thread) = (Arc::clone(&counters), Arc::clone(&stopping));
         std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || {
@@ -106,6 +114,7 @@ impl Engine {
                     config,
                     &for_thread,
                     &inbox,
+                    &stop_thread,
                     &state_sender,
                     ready_sender,
                     &mut progress,
@@ -120,13 +129,16 @@ impl Engine {
             counters,
             state,
             info,
-            max_waiting,
+            stopping,
         })
     }
 }
 
 impl Backend for Engine {
     fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+        if self.stopping.load(Relaxed) {
+            return Err(SubmitError::Stopped);
+        }
         if let EngineState::Dead(reason) = &*self.state.borrow() {
             return Err(SubmitError::Dead(reason.clone()));
         }
@@ -137,27 +149,24 @@ impl Backend for Engine {
                 context_length,
             });
         }
-        let full = |waiting| SubmitError::QueueFull {
-            waiting,
-            retry_after: Duration::from_secs(1),
-        };
-        let waiting = self.counters.waiting.fetch_add(1, Relaxed);
-        let undo = |error| {
-            self.counters.waiting.fetch_sub(1, Relaxed);
-            Err(error)
-        };
-        if waiting > self.max_waiting {
-            return undo(full(waiting - 1));
-        }
+        let place = self
+            .counters
+            .place(self.info.capacity)
+            .map_err(|taken| SubmitError::QueueFull {
+                waiting: taken.saturating_sub(self.counters.running.load(Relaxed)),
+                retry_after: Duration::from_secs(1),
+            })?;
         let (sender, events) = tokio::sync::mpsc::channel(event_capacity(request.max_tokens));
-        match self.commands.try_send(Command::Generate {
+        let command = Command::Generate {
             request,
             events: sender,
-        }) {
-            Ok(()) => Ok(Generation { events }),
-            Err(TrySendError::Full(_)) => undo(full(waiting)),
-            Err(TrySendError::Disconnected(_)) => undo(SubmitError::Stopped),
-        }
+            place,
+        };
+        // There is room for as many as have a place, so that a failure means that the thread is gone.
+        self.commands
+            .try_send(command)
+            .map_err(|_| SubmitError::Stopped)?;
+        Ok(Generation { events })
     }
 
     fn info(&self) -> &ModelInfo {
@@ -173,7 +182,9 @@ impl Backend for Engine {
     }
 
     fn stop(&self) {
-        let _ = self.commands.try_send(Command::Stop);
+        self.stopping.store(true, Relaxed);
+        // A busy thread sees the flag on its next turn; an idle one is woken.
+        let _ = self.commands.try_send(Command::Wake);
     }
 }
 
@@ -186,6 +197,7 @@ fn limits(config: &EngineConfig, context_length: usize, storage: crate::model::w
         "prefill_chunk": config.prefill_chunk,
         "buffer_cache_bytes": config.buffer_cache_bytes,
         "weights_mapped_bytes": storage.mapped_bytes,
+        "weights_in_place": storage.in_place,
         "weights_copied_bytes": storage.copied_bytes,
     });
     match value {

@@ -2,7 +2,8 @@
 
 use std::collections::VecDeque;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::Ordering::Relaxed;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use mlx_rs::error::Exception;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::sequence::{Outcome, Sequence};
-use super::stats::Counters;
+use super::stats::{Counters, Place};
 use super::{EngineConfig, StartError, limits};
 use crate::backend::{EngineError, EngineState, GenerateRequest, GenerationEvent, ModelInfo, SamplingParams};
 use crate::model::{LoadProgress, Model};
@@ -21,43 +22,51 @@ pub(super) enum Command {
     Generate {
         request: GenerateRequest,
         events: mpsc::Sender<GenerationEvent>,
+        place: Place,
     },
-    Stop,
+    /// Look at the stop flag.
+    Wake,
+}
+
+/// A request that has no place to run yet.
+struct Waiting {
+    request: GenerateRequest,
+    events: mpsc::Sender<GenerationEvent>,
+    place: Place,
 }
 
 /// An idle engine wakes this often, to show that it lives.
 const IDLE_TURN: Duration = Duration::from_millis(500);
 
 /// Loads the model, says so through `ready`, then serves until told to stop. Whatever goes wrong for good ends in
-/// [`EngineState::Dead`].
+/// [`EngineState::Dead`]; the model and everything else of MLX are gone by then.
 pub(super) fn thread(
     config: EngineConfig,
-    counters: &Counters,
+    counters: &Arc<Counters>,
     inbox: &Receiver<Command>,
+    stopping: &AtomicBool,
     state: &watch::Sender<EngineState>,
     ready: oneshot::Sender<Result<ModelInfo, StartError>>,
     progress: &mut dyn FnMut(LoadProgress),
 ) {
-    // A panic below would otherwise leave clients waiting for a thread that is gone.
-    let outcome = catch_unwind(AssertUnwindSafe(|| {
-        let engine = match Loop::start(config, counters, inbox, progress) {
-            Ok((engine, info)) => {
-                if ready.send(Ok(info)).is_err() {
-                    return Ok(());
-                }
-                engine
-            }
-            Err(error) => {
-                let _ = ready.send(Err(error));
-                return Ok(());
-            }
-        };
-        engine.run()
+    let started = catch_unwind(AssertUnwindSafe(|| {
+        Loop::start(config, counters, inbox, stopping, progress)
     }));
-    let reason = match outcome {
-        Ok(Ok(())) => "stopped".to_owned(),
-        Ok(Err(Broken(reason))) => reason,
-        Err(panic) => format!("panic: {}", panic_message(panic.as_ref())),
+    let reason = match started {
+        Ok(Ok((engine, info))) => match ready.send(Ok(info)) {
+            Ok(()) => engine.serve(),
+            Err(_) => "nobody waited for it".to_owned(),
+        },
+        Ok(Err(error)) => {
+            let reason = error.to_string();
+            let _ = ready.send(Err(error));
+            reason
+        }
+        Err(panic) => {
+            let reason = format!("panic: {}", panic_message(panic.as_ref()));
+            let _ = ready.send(Err(StartError::Thread(reason.clone())));
+            reason
+        }
     };
     tracing::debug!(reason, "engine thread ends");
     state.send_replace(EngineState::Dead(reason));
@@ -75,19 +84,23 @@ struct Broken(String);
 struct Loop<'a> {
     config: EngineConfig,
     context_length: usize,
-    counters: &'a Counters,
+    counters: &'a Arc<Counters>,
     inbox: &'a Receiver<Command>,
+    /// Set by the handle.
+    stopping: &'a AtomicBool,
     model: Model,
-    waiting: VecDeque<(GenerateRequest, mpsc::Sender<GenerationEvent>)>,
+    waiting: VecDeque<Waiting>,
     running: Vec<Sequence>,
-    stopping: bool,
+    /// The handle is gone, and with it everybody who could ask for something.
+    abandoned: bool,
 }
 
 impl<'a> Loop<'a> {
     fn start(
         config: EngineConfig,
-        counters: &'a Counters,
+        counters: &'a Arc<Counters>,
         inbox: &'a Receiver<Command>,
+        stopping: &'a AtomicBool,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<(Self, ModelInfo), StartError> {
         let warm_up = |error: Exception| StartError::WarmUp(error.what().to_owned());
@@ -112,6 +125,7 @@ impl<'a> Loop<'a> {
             context_length,
             vocab_size: usize::try_from(model.config().vocab).unwrap_or_default(),
             weight_bytes: model.weight_bytes(),
+            capacity: config.capacity(),
             limits: limits(&config, context_length, model.storage()),
         };
         let engine = Self {
@@ -119,10 +133,11 @@ impl<'a> Loop<'a> {
             context_length,
             counters,
             inbox,
+            stopping,
             model,
             waiting: VecDeque::new(),
             running: Vec::new(),
-            stopping: false,
+            abandoned: false,
         };
         engine.warm_up().map_err(warm_up)?;
         counters.turned();
@@ -150,11 +165,14 @@ impl<'a> Loop<'a> {
                 max_tokens: 2,
                 sampling,
                 stop_tokens: Vec::new(),
-                ignore_eos: true,
                 logprobs: None,
             };
             let (sender, _receiver) = mpsc::channel(8);
-            let mut sequence = Sequence::new(&self.model, request, sender, self.context_length)?;
+            let place = self
+                .counters
+                .place(usize::MAX)
+                .map_err(|_| Exception::custom("no place"))?;
+            let mut sequence = Sequence::new(&self.model, request, sender, self.context_length, place)?;
             while sequence.is_prefilling() {
                 sequence.prefill(&self.model, self.config.prefill_chunk)?;
             }
@@ -168,8 +186,23 @@ impl<'a> Loop<'a> {
         Ok(())
     }
 
-    fn run(mut self) -> Result<(), Broken> {
-        while !self.stopping {
+    /// Runs until told to stop, or until MLX gives up; tells every client, and returns why it ended.
+    fn serve(mut self) -> String {
+        // A panic would otherwise leave clients waiting for a thread that is gone.
+        let (error, reason) = match catch_unwind(AssertUnwindSafe(|| self.run())) {
+            Ok(Ok(())) => (EngineError::Stopped, "stopped".to_owned()),
+            Ok(Err(Broken(reason))) => (EngineError::Dead(reason.clone()), reason),
+            Err(panic) => {
+                let reason = format!("panic: {}", panic_message(panic.as_ref()));
+                (EngineError::Dead(reason.clone()), reason)
+            }
+        };
+        self.fail_all(&error);
+        reason
+    }
+
+    fn run(&mut self) -> Result<(), Broken> {
+        while !self.abandoned && !self.stopping.load(Relaxed) {
             self.take_commands();
             self.drop_cancelled();
             self.admit();
@@ -177,7 +210,6 @@ impl<'a> Loop<'a> {
             self.report();
             worked?;
         }
-        self.fail_all(&EngineError::Stopped);
         Ok(())
     }
 
@@ -187,8 +219,7 @@ impl<'a> Loop<'a> {
             match self.inbox.recv_timeout(IDLE_TURN) {
                 Ok(command) => self.take(command),
                 Err(RecvTimeoutError::Timeout) => return,
-                // The handle is gone, and with it everybody who could ask for something.
-                Err(RecvTimeoutError::Disconnected) => self.stopping = true,
+                Err(RecvTimeoutError::Disconnected) => self.abandoned = true,
             }
         }
         loop {
@@ -196,7 +227,7 @@ impl<'a> Loop<'a> {
                 Ok(command) => self.take(command),
                 Err(TryRecvError::Empty) => return,
                 Err(TryRecvError::Disconnected) => {
-                    self.stopping = true;
+                    self.abandoned = true;
                     return;
                 }
             }
@@ -205,34 +236,44 @@ impl<'a> Loop<'a> {
 
     fn take(&mut self, command: Command) {
         match command {
-            Command::Generate { request, events } => self.waiting.push_back((request, events)),
-            Command::Stop => self.stopping = true,
+            Command::Generate {
+                request,
+                events,
+                place,
+            } => {
+                self.waiting.push_back(Waiting {
+                    request,
+                    events,
+                    place,
+                });
+            }
+            Command::Wake => {}
         }
     }
 
     fn drop_cancelled(&mut self) {
-        let before = self.waiting.len();
-        self.waiting.retain(|(_, events)| !events.is_closed());
-        self.counters
-            .waiting
-            .fetch_sub(before - self.waiting.len(), Relaxed);
+        self.waiting.retain(|waiting| !waiting.events.is_closed());
         self.running.retain(|sequence| !sequence.is_cancelled());
     }
 
     fn admit(&mut self) {
         while self.running.len() < self.config.max_running
-            && let Some((request, events)) = self.waiting.pop_front()
+            && let Some(Waiting {
+                request,
+                events,
+                place,
+            }) = self.waiting.pop_front()
         {
-            self.counters.waiting.fetch_sub(1, Relaxed);
-            match Sequence::new(&self.model, request, events.clone(), self.context_length) {
+            match Sequence::new(&self.model, request, events.clone(), self.context_length, place) {
                 Ok(sequence) => self.running.push(sequence),
                 Err(error) => {
-                    let _ = events.try_send(GenerationEvent::Failed(EngineError::Step(
-                        error.what().to_owned(),
-                    )));
+                    let error = EngineError::Step(error.what().to_owned());
+                    let _ = events.try_send(GenerationEvent::Failed(error));
                 }
             }
         }
+        // Before the step and not only after it: a step that never ends must be seen as one.
+        self.counters.running.store(self.running.len(), Relaxed);
     }
 
     /// One chunk of one prompt, and one token for every sequence that decodes: a long prompt holds the others up by a
@@ -298,9 +339,7 @@ impl<'a> Loop<'a> {
         let one = mlx_rs::Array::from_f32(1.0);
         let probe = one.add(&one).and_then(|sum| sum.eval());
         if let Err(second) = probe {
-            let reason = format!("{}; and then: {}", error.what(), second.what());
-            self.fail_all(&EngineError::Dead(reason.clone()));
-            return Err(Broken(reason));
+            return Err(Broken(format!("{}; and then: {}", error.what(), second.what())));
         }
         Ok(())
     }
@@ -309,10 +348,12 @@ impl<'a> Loop<'a> {
         for sequence in self.running.drain(..) {
             sequence.fail(error.clone());
         }
-        for (_, events) in self.waiting.drain(..) {
+        while let Ok(command) = self.inbox.try_recv() {
+            self.take(command);
+        }
+        for Waiting { events, .. } in self.waiting.drain(..) {
             let _ = events.try_send(GenerationEvent::Failed(error.clone()));
         }
-        self.counters.waiting.store(0, Relaxed);
         self.report();
     }
 

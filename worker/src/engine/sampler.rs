@@ -9,6 +9,9 @@ use mlx_rs::{Array, ops, random};
 
 use crate::backend::SamplingParams;
 
+/// Below this temperature a draw is greedy: dividing by less would overflow.
+const COLDEST: f32 = 1e-5;
+
 /// State of one request's choices.
 #[derive(Debug)]
 pub(super) struct Sampler {
@@ -31,18 +34,26 @@ pub(super) struct Sampler {
 pub(super) struct Draw {
     /// The token: `[1, 1]`, unsigned.
     pub(super) token: Array,
-    /// Its log-probability `[1, 1]`, and ids and log-probabilities of the likeliest, `[1, k]` each.
-    pub(super) logprobs: Option<(Array, Array, Array)>,
+    pub(super) logprobs: Option<DrawnLogprobs>,
+}
+
+/// Log-probabilities at one position, still on the device.
+#[derive(Debug)]
+pub(super) struct DrawnLogprobs {
+    /// Of the drawn token: `[1, 1]`.
+    pub(super) own: Array,
+    /// Ids and log-probabilities of the likeliest, falling, `[1, k]` each; `None` when none were asked for.
+    pub(super) top: Option<(Array, Array)>,
 }
 
 impl Draw {
     /// All arrays, to be evaluated together.
     pub(super) fn arrays(&self) -> impl Iterator<Item = &Array> {
-        let extra = self
-            .logprobs
-            .iter()
-            .flat_map(|(own, ids, values)| [own, ids, values]);
-        std::iter::once(&self.token).chain(extra)
+        let logprobs = self.logprobs.as_ref();
+        let top = logprobs.and_then(|logprobs| logprobs.top.as_ref());
+        std::iter::once(&self.token)
+            .chain(logprobs.map(|logprobs| &logprobs.own))
+            .chain(top.into_iter().flat_map(|(ids, values)| [ids, values]))
     }
 }
 
@@ -67,7 +78,7 @@ impl Sampler {
         let seen = (params.repetition_penalty != 1.0).then(|| dense(&mut prompt.iter().map(|&id| (id, 1.0))));
         let counted = params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
         let counts = counted.then(|| dense(&mut std::iter::empty()));
-        let key = if params.temperature > 0.0 {
+        let key = if params.temperature >= COLDEST {
             let seed = params
                 .seed
                 .unwrap_or_else(|| RandomState::new().build_hasher().finish());
@@ -200,21 +211,23 @@ fn keep_min_p(logits: &Array, min_p: f32) -> Result<Array> {
     ops::select(logits.lt(floor)?, Array::from_f32(f32::NEG_INFINITY), logits)
 }
 
-/// Log-probability of the drawn token, and the `count` likeliest with theirs, falling.
-fn likeliest(logits: &Array, token: &Array, count: i32, vocab: i32) -> Result<(Array, Array, Array)> {
+/// Log-probability of the drawn token, and the `count` likeliest with theirs.
+fn likeliest(logits: &Array, token: &Array, count: i32, vocab: i32) -> Result<DrawnLogprobs> {
     let logprobs = logits.subtract(logits.logsumexp_axis(-1, true)?)?;
     let own = take_along_axis(&logprobs, token, -1)?;
     let count = count.min(vocab);
-    let ids = if count > 0 {
-        let split = ops::argpartition_axis(&logprobs, -count, -1)?;
-        let top = slice(&split, &[0, vocab - count], &[1, vocab])?;
-        let order = ops::argsort_axis(take_along_axis(&logprobs, &top, -1)?.negative()?, -1)?;
-        take_along_axis(&top, &order, -1)?
-    } else {
-        slice(token, &[0, 0], &[1, 0])?
-    };
+    if count == 0 {
+        return Ok(DrawnLogprobs { own, top: None });
+    }
+    let split = ops::argpartition_axis(&logprobs, -count, -1)?;
+    let top = slice(&split, &[0, vocab - count], &[1, vocab])?;
+    let order = ops::argsort_axis(take_along_axis(&logprobs, &top, -1)?.negative()?, -1)?;
+    let ids = take_along_axis(&top, &order, -1)?;
     let values = take_along_axis(&logprobs, &ids, -1)?;
-    Ok((own, ids, values))
+    Ok(DrawnLogprobs {
+        own,
+        top: Some((ids, values)),
+    })
 }
 
 #[cfg(test)]
@@ -348,13 +361,20 @@ mod tests {
         let logits = Array::from_slice(&LOGITS, &[1, 6]);
         let total: f32 = LOGITS.iter().map(|logit| logit.exp()).sum::<f32>().ln();
         let mut sampler = Sampler::new(SamplingParams::greedy(), &[], 6, Some(2)).unwrap();
-        let (own, ids, values) = sampler.draw(&logits).unwrap().logprobs.unwrap();
+        let DrawnLogprobs { own, top } = sampler.draw(&logits).unwrap().logprobs.unwrap();
         assert!((own.item_cast::<f32>() - (3.0 - total)).abs() < 1e-5);
+        let (ids, values) = top.unwrap();
         assert_eq!(ids.to_vec_cast::<u32>().unwrap(), [1, 5]);
         let values = values.to_vec_cast::<f32>().unwrap();
         assert!((values[0] - (3.0 - total)).abs() < 1e-5 && (values[1] - (2.9 - total)).abs() < 1e-5);
-        let mut none = Sampler::new(SamplingParams::greedy(), &[], 6, Some(0)).unwrap();
-        let (_, ids, _) = none.draw(&logits).unwrap().logprobs.unwrap();
-        assert_eq!(ids.size(), 0);
+    }
+
+    #[test]
+    fn the_coldest_draws_are_greedy() {
+        let cold = SamplingParams {
+            temperature: 1e-38,
+            ..SamplingParams::greedy()
+        };
+        assert_eq!(draws(cold, &[], 3), [1, 1, 1]);
     }
 }

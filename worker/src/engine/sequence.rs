@@ -5,7 +5,8 @@ use mlx_rs::error::Result;
 use mlx_rs::transforms::{async_eval, eval};
 use tokio::sync::mpsc;
 
-use super::sampler::{Draw, Sampler};
+use super::sampler::{Draw, DrawnLogprobs, Sampler};
+use super::stats::Place;
 use crate::backend::{EngineError, FinishReason, GenerateRequest, GenerationEvent, TokenLogprobs, Usage};
 use crate::model::Model;
 use crate::model::cache::SequenceCache;
@@ -15,6 +16,7 @@ use crate::model::cache::SequenceCache;
 pub(super) struct Sequence {
     request: GenerateRequest,
     events: mpsc::Sender<GenerationEvent>,
+    _place: Place,
     cache: SequenceCache,
     sampler: Sampler,
     /// Prompt tokens already in the cache.
@@ -42,6 +44,7 @@ impl Sequence {
         request: GenerateRequest,
         events: mpsc::Sender<GenerationEvent>,
         context_length: usize,
+        place: Place,
     ) -> Result<Self> {
         let sampler = Sampler::new(
             request.sampling.clone(),
@@ -56,6 +59,7 @@ impl Sequence {
             cache: model.new_cache(),
             request,
             events,
+            _place: place,
             sampler,
             prefilled: 0,
             limit,
@@ -129,7 +133,7 @@ impl Sequence {
             .try_item_cast::<u32>()
             .map_err(|error| to_exception(&error))?;
         self.generated += 1;
-        if !self.request.ignore_eos && self.request.stop_tokens.contains(&id) {
+        if self.request.stop_tokens.contains(&id) {
             self.finish(FinishReason::Stop);
             return Ok(Outcome::Done);
         }
@@ -158,16 +162,22 @@ impl Sequence {
     }
 }
 
-fn read_logprobs((own, ids, values): &(Array, Array, Array)) -> Result<TokenLogprobs> {
-    let logprob = own.try_item_cast::<f32>().map_err(|error| to_exception(&error))?;
-    let ids = ids.to_vec_cast::<u32>().map_err(|error| to_exception(&error))?;
-    let values = values
-        .to_vec_cast::<f32>()
+fn read_logprobs(drawn: &DrawnLogprobs) -> Result<TokenLogprobs> {
+    let logprob = drawn
+        .own
+        .try_item_cast::<f32>()
         .map_err(|error| to_exception(&error))?;
-    Ok(TokenLogprobs {
-        logprob,
-        top: ids.into_iter().zip(values).collect(),
-    })
+    let top = match &drawn.top {
+        None => Vec::new(),
+        Some((ids, values)) => {
+            let ids = ids.to_vec_cast::<u32>().map_err(|error| to_exception(&error))?;
+            let values = values
+                .to_vec_cast::<f32>()
+                .map_err(|error| to_exception(&error))?;
+            ids.into_iter().zip(values).collect()
+        }
+    };
+    Ok(TokenLogprobs { logprob, top })
 }
 
 fn to_exception(error: &mlx_rs::error::ConversionError) -> mlx_rs::error::Exception {

@@ -1,5 +1,6 @@
 //! The engine's counters: written by its thread once a step, read by anybody, without a lock.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
@@ -13,8 +14,8 @@ pub(super) struct Counters {
     last_turn_ms: AtomicU64,
     pub(super) steps: AtomicU64,
     pub(super) running: AtomicUsize,
-    /// Submitted and not yet running; counted up by the submitter.
-    pub(super) waiting: AtomicUsize,
+    /// Submitted and not yet ended; see [`Place`].
+    outstanding: AtomicUsize,
     pub(super) kv_used_bytes: AtomicU64,
     pub(super) prefill_tokens: AtomicU64,
     pub(super) decode_tokens: AtomicU64,
@@ -30,7 +31,7 @@ impl Counters {
             last_turn_ms: AtomicU64::default(),
             steps: AtomicU64::default(),
             running: AtomicUsize::default(),
-            waiting: AtomicUsize::default(),
+            outstanding: AtomicUsize::default(),
             kv_used_bytes: AtomicU64::default(),
             prefill_tokens: AtomicU64::default(),
             decode_tokens: AtomicU64::default(),
@@ -38,6 +39,14 @@ impl Counters {
             peak_bytes: AtomicU64::default(),
             buffer_cache_bytes: AtomicU64::default(),
         }
+    }
+
+    /// A place for one more request, unless `capacity` are taken; the number taken otherwise.
+    pub(super) fn place(self: &Arc<Self>, capacity: usize) -> Result<Place, usize> {
+        let taken = self.outstanding.fetch_add(1, Relaxed);
+        // From here on dropping it gives it back.
+        let place = Place(Arc::clone(self));
+        if taken < capacity { Ok(place) } else { Err(taken) }
     }
 
     /// The loop has come round: with work done, or awake and without any.
@@ -55,12 +64,13 @@ impl Counters {
     }
 
     pub(super) fn read(&self) -> EngineStats {
+        let running = self.running.load(Relaxed);
         let last = Duration::from_millis(self.last_turn_ms.load(Relaxed));
         EngineStats {
             steps: self.steps.load(Relaxed),
             last_step_age: self.started.elapsed().saturating_sub(last),
-            running: self.running.load(Relaxed),
-            waiting: self.waiting.load(Relaxed),
+            running,
+            waiting: self.outstanding.load(Relaxed).saturating_sub(running),
             kv_used_bytes: self.kv_used_bytes.load(Relaxed),
             active_bytes: self.active_bytes.load(Relaxed),
             peak_bytes: self.peak_bytes.load(Relaxed),
@@ -68,5 +78,16 @@ impl Counters {
             prefill_tokens: self.prefill_tokens.load(Relaxed),
             decode_tokens: self.decode_tokens.load(Relaxed),
         }
+    }
+}
+
+/// One request's place among those that run or wait. It goes with the request wherever that goes, so that it is given
+/// back however the request ends.
+#[derive(Debug)]
+pub(super) struct Place(Arc<Counters>);
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.outstanding.fetch_sub(1, Relaxed);
     }
 }

@@ -49,6 +49,7 @@ pub(super) async fn handle(
             ChatStream {
                 chunks,
                 wants_logprobs,
+                unsent: Vec::new(),
             },
             prompt.clamped,
         )
@@ -92,7 +93,7 @@ fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<Choice>, ApiErro
         let Generation { events } = service
             .backend
             .submit(request)
-            .map_err(|e| errors::from_submit_of(&e, options.n, service.in_flight() <= 1))?;
+            .map_err(|e| errors::from_submit_of(&e, options.n, service.backend.info().capacity))?;
         let parser = OutputParser::new(OutputConfig {
             tool_format: prompt.tool_format,
             reasoning: prompt.reasoning,
@@ -116,10 +117,13 @@ fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<Choice>, ApiErro
 struct ChatStream {
     chunks: ChatChunks,
     wants_logprobs: bool,
+    /// Of each choice, those that no chunk could carry yet: a call's begin and end have no place for them.
+    unsent: Vec<Vec<TokenLogprob>>,
 }
 
 impl Chunks for ChatStream {
     fn open(&mut self, out: &mut BytesMut, choices: usize) {
+        self.unsent.resize_with(choices, Vec::new);
         for index in 0..choices {
             self.chunks.role(out, index);
         }
@@ -134,7 +138,11 @@ impl Chunks for ChatStream {
         end: Option<FinishReason>,
     ) {
         // They go with the first chunk that can carry them.
-        let mut logprobs = self.wants_logprobs.then_some(ChatLogprobs { content: logprobs });
+        let mut logprobs = self.wants_logprobs.then(|| {
+            let mut content = self.unsent.get_mut(index).map(std::mem::take).unwrap_or_default();
+            content.extend(logprobs);
+            ChatLogprobs { content }
+        });
         for delta in deltas.drain(..) {
             match delta {
                 Delta::Content(text) | Delta::Malformed { text, .. } => {
@@ -162,6 +170,8 @@ impl Chunks for ChatStream {
         if let Some(reason) = end {
             let rest = logprobs.filter(|rest| !rest.content.is_empty());
             self.chunks.finish(out, index, reason, rest.as_ref());
+        } else if let (Some(rest), Some(place)) = (logprobs, self.unsent.get_mut(index)) {
+            *place = rest.content;
         }
     }
 

@@ -104,11 +104,15 @@ impl Choice {
                 self.completion_tokens = usage.completion_tokens;
                 self.raw.clear();
                 self.detokenizer.finish(&mut self.raw);
-                if !self.show(deltas) {
+                // The text that was held back may complete a stop string.
+                let reason = if self.show(deltas) {
+                    backend::FinishReason::Stop
+                } else {
                     self.shown.clear();
                     self.stops.finish(&mut self.shown);
                     self.parse(deltas);
-                }
+                    reason
+                };
                 self.end(reason, deltas);
             }
             GenerationEvent::Failed(error) => return self.fail(error),

@@ -116,7 +116,7 @@ fn submit(service: &Service, prompt: &CompletionPrompt) -> Result<Vec<Choice>, A
             let Generation { events } = service
                 .backend
                 .submit(request)
-                .map_err(|e| errors::from_submit_of(&e, total, service.in_flight() <= 1))?;
+                .map_err(|e| errors::from_submit_of(&e, total, service.backend.info().capacity))?;
             choices.push(Choice::new(
                 &service.tokenizer,
                 events,

@@ -66,12 +66,12 @@ fn from_submit(error: &SubmitError) -> ApiError {
     }
 }
 
-/// As [`from_submit`], for one of `total` generations of a request. A request that fills the queue all by itself would
-/// do so again, however often it is told to come back.
-pub(super) fn from_submit_of(error: &SubmitError, total: usize, alone: bool) -> ApiError {
+/// As [`from_submit`], for one of `total` generations of a request to an engine that has room for `capacity`. A request
+/// for more than that would fail again, however often it is told to come back.
+pub(super) fn from_submit_of(error: &SubmitError, total: usize, capacity: usize) -> ApiError {
     match error {
-        SubmitError::QueueFull { .. } if alone && total > 1 => ApiError::bad_request(format!(
-            "prompts times n is {total}, more replies than can run and wait here at the same time"
+        SubmitError::QueueFull { .. } if total > capacity => ApiError::bad_request(format!(
+            "prompts times n is {total}; {capacity} replies can run and wait here at the same time"
         ))
         .with_code("never_fits"),
         other => from_submit(other),

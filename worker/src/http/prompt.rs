@@ -231,7 +231,11 @@ fn generate(
         asked,
         allowed: max_tokens,
     });
-    let mut stop_tokens = config.eos_tokens.clone();
+    let mut stop_tokens = if options.ignore_eos {
+        Vec::new()
+    } else {
+        config.eos_tokens.clone()
+    };
     for id in &options.stop_token_ids {
         if !stop_tokens.contains(id) {
             stop_tokens.push(*id);
@@ -242,7 +246,6 @@ fn generate(
         max_tokens,
         sampling: sampling(&options.sampling, &config.sampling),
         stop_tokens,
-        ignore_eos: options.ignore_eos,
         logprobs,
     };
     Ok((request, clamped))

@@ -16,9 +16,10 @@ use super::{LoadError, LoadProgress};
 /// How the weights lie in memory, for logs and status.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Storage {
-    /// Bytes of tensors that are views of mapped files. The CPU and CUDA builds of MLX copy the files when they are
-    /// mapped; on Metal these are the files' own pages.
+    /// Bytes of tensors that are views of the arrays over mapped files.
     pub mapped_bytes: u64,
+    /// Those arrays are the files' own pages, as on Metal. The CPU and CUDA builds of MLX copy the files.
+    pub in_place: bool,
     /// Bytes of tensors that were copied: read on request, or because they lie at odd addresses in their file.
     pub copied_bytes: u64,
 }
@@ -83,6 +84,7 @@ impl Weights {
             }
             done += shard.file.bytes().len() as u64;
             weights.shards.push(shard);
+            weights.storage.in_place = weights.shards.iter().all(Shard::in_place);
             progress(LoadProgress { done, total });
         }
         Ok(weights)
@@ -150,9 +152,10 @@ impl Weights {
     pub(crate) fn log(&self) {
         let Storage {
             mapped_bytes,
+            in_place,
             copied_bytes,
         } = self.storage;
-        tracing::info!(mapped_bytes, copied_bytes, "weights");
+        tracing::info!(mapped_bytes, in_place, copied_bytes, "weights");
         if copied_bytes > 0 && self.shards.iter().any(|shard| shard.words.is_some()) {
             tracing::warn!(
                 copied_bytes,
@@ -265,7 +268,11 @@ impl Shard {
             })?;
         // Eight bytes with the header's length, then the header.
         let data_start = header + size_of::<u64>();
-        let words = if mapped { Some(file.words()?) } else { None };
+        let words = if mapped {
+            Some(file.words().map_err(|error| failed(&path, error.what()))?)
+        } else {
+            None
+        };
         Ok(Self {
             path,
             file,
@@ -273,6 +280,10 @@ impl Shard {
             metadata,
             data_start,
         })
+    }
+
+    fn in_place(&self) -> bool {
+        self.words.as_ref().is_some_and(MappedWords::in_place)
     }
 
     /// The tensor, and whether it had to be copied.

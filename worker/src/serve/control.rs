@@ -9,6 +9,8 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
+use super::server::Ending;
+
 /// Events that may wait for a slow reader.
 const BACKLOG: usize = 64;
 
@@ -110,12 +112,13 @@ impl Control {
         self.commands.recv().await
     }
 
-    /// Waits until there is no reason to start any more.
-    pub(super) async fn gone_or_stopped(&mut self) {
+    /// Waits until there is no reason to start any more, and says why.
+    pub(super) async fn gone_or_stopped(&mut self) -> Ending {
         while let Some(command) = self.command().await {
             if matches!(command, ProxyCommand::Stop | ProxyCommand::Drain) {
-                return;
+                return Ending::Stopped;
             }
         }
+        Ending::ProxyGone
     }
 }

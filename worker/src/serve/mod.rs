@@ -75,6 +75,10 @@ pub async fn run(args: ParsedArgs) -> Result<Ending, Failed> {
             Err(Failed)
         }
     };
+    if result == Ok(Ending::ProxyGone) {
+        // Nobody is left to read an exit code; the memory is wanted back at once.
+        return result;
+    }
     // A process that ends while another thread is inside MLX may crash on its way out, and lose its exit code.
     let engine = match started {
         Started::Nothing => None,
@@ -84,9 +88,7 @@ pub async fn run(args: ParsedArgs) -> Result<Ending, Failed> {
         },
         Started::Engine(engine) => Some(engine),
     };
-    if let Some(engine) = engine
-        && result != Ok(Ending::ProxyGone)
-    {
+    if let Some(engine) = engine {
         engine.stop();
         let mut state = engine.state();
         let _ = timeout(
@@ -137,7 +139,7 @@ async fn start_and_serve(
         // A proxy that dies while a big model loads must not leave the loading behind.
         Some(control) => tokio::select! {
             loaded = loaded => loaded?,
-            () = control.gone_or_stopped() => return Ok(Ending::Stopped),
+            ending = control.gone_or_stopped() => return Ok(ending),
         },
         None => loaded.await?,
     };

@@ -69,7 +69,7 @@ async fn the_prompt_is_the_template_and_the_defaults_are_applied() {
     assert_eq!(request.sampling, expected);
     assert_eq!(request.max_tokens, 100);
     assert_eq!(request.stop_tokens, [2041, 2039]);
-    assert!(!request.ignore_eos && request.logprobs.is_none());
+    assert!(request.logprobs.is_none());
 }
 
 #[tokio::test]

@@ -188,7 +188,7 @@ async fn a_request_larger_than_the_queue() {
     let reply = server
         .post("/v1/completions", &json!({"prompt": ["a", "b"], "n": 4}))
         .await;
-    check(&reply, 400, None, &["prompts times n is 8"]);
+    check(&reply, 400, None, &["prompts times n is 8", "6 replies"]);
     assert!(!reply.headers.contains_key("retry-after"));
 }
 

@@ -1,0 +1,169 @@
+//! The engine on a tiny model: places, the end, log-probabilities.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    missing_docs
+)]
+
+use std::path::Path;
+use std::time::Duration;
+
+use mlxworker::backend::{
+    Backend, EngineError, EngineState, GenerateRequest, Generation, GenerationEvent, SamplingParams,
+    SubmitError,
+};
+use mlxworker::engine::{Engine, EngineConfig};
+use tokio::time::timeout;
+
+const VOCAB: usize = 128;
+
+async fn engine(max_running: usize, max_waiting: usize) -> Engine {
+    let config = EngineConfig {
+        model: Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied"),
+        mapped: true,
+        context_length: None,
+        max_running,
+        max_waiting,
+        prefill_chunk: 16,
+        buffer_cache_bytes: 1 << 20,
+    };
+    Engine::start(config, |_| {}).await.unwrap()
+}
+
+fn request(max_tokens: usize, logprobs: Option<usize>) -> GenerateRequest {
+    GenerateRequest {
+        prompt: (1..40).collect(),
+        max_tokens,
+        sampling: SamplingParams::greedy(),
+        stop_tokens: Vec::new(),
+        logprobs,
+    }
+}
+
+async fn all(mut generation: Generation) -> Vec<GenerationEvent> {
+    let mut events = Vec::new();
+    while let Some(event) = timeout(Duration::from_secs(30), generation.events.recv())
+        .await
+        .expect("in time")
+    {
+        events.push(event);
+    }
+    events
+}
+
+/// A reply that goes on for long enough to hold its place.
+async fn running(engine: &Engine) -> Generation {
+    let mut generation = engine.submit(request(400, None)).unwrap();
+    let first = timeout(Duration::from_secs(30), generation.events.recv())
+        .await
+        .expect("in time");
+    assert!(
+        matches!(first, Some(GenerationEvent::Started { .. })),
+        "{first:?}"
+    );
+    generation
+}
+
+/// Waits until the engine has `running` and `waiting` requests.
+async fn settled(engine: &Engine, running: usize, waiting: usize) {
+    let reached = async {
+        while (engine.stats().running, engine.stats().waiting) != (running, waiting) {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(Duration::from_secs(30), reached).await.expect("in time");
+}
+
+#[tokio::test]
+async fn logprobs_with_and_without_the_likeliest() {
+    let engine = engine(1, 1).await;
+    for count in [0, 1, 20, VOCAB + 5] {
+        let mut seen = 0;
+        for event in all(engine.submit(request(3, Some(count))).unwrap()).await {
+            let GenerationEvent::Token { id, logprob } = event else {
+                continue;
+            };
+            let logprob = logprob.expect("asked for");
+            assert_eq!(logprob.top.len(), count.min(VOCAB));
+            assert!(logprob.logprob < 0.0);
+            if let Some(&(likeliest, value)) = logprob.top.first() {
+                assert_eq!(
+                    (likeliest, value),
+                    (id, logprob.logprob),
+                    "greedy takes the likeliest"
+                );
+                assert!(logprob.top.is_sorted_by(|a, b| a.1 >= b.1));
+            }
+            seen += 1;
+        }
+        assert_eq!(seen, 3);
+    }
+}
+
+#[tokio::test]
+async fn as_many_places_as_may_run_and_wait() {
+    let engine = engine(1, 2).await;
+    assert_eq!(engine.info().capacity, 3);
+    let first = running(&engine).await;
+    let waiting = [(); 2].map(|()| engine.submit(request(400, None)).unwrap());
+    settled(&engine, 1, 2).await;
+    let refused = engine.submit(request(1, None)).unwrap_err();
+    assert!(
+        matches!(refused, SubmitError::QueueFull { waiting: 2, .. }),
+        "{refused:?}"
+    );
+
+    // Whoever goes away frees a place: from the queue, and while running.
+    let [second, third] = waiting;
+    drop(second);
+    settled(&engine, 1, 1).await;
+    drop(first);
+    settled(&engine, 1, 0).await;
+    assert!(engine.submit(request(1, None)).is_ok());
+    drop(third);
+    settled(&engine, 0, 0).await;
+}
+
+/// Without room to wait, all places to run can still be taken at once.
+#[tokio::test]
+async fn no_waiting_means_no_waiting() {
+    let engine = engine(3, 0).await;
+    let replies = [(); 3].map(|()| engine.submit(request(5, None)).unwrap());
+    assert!(matches!(
+        engine.submit(request(5, None)),
+        Err(SubmitError::QueueFull { .. })
+    ));
+    for reply in replies {
+        assert!(matches!(
+            all(reply).await.last(),
+            Some(GenerationEvent::Finished { .. })
+        ));
+    }
+}
+
+/// A full engine is told to stop: everybody hears of it, running, waiting, or not even looked at yet.
+#[tokio::test]
+async fn stopping_tells_everybody() {
+    let engine = engine(1, 3).await;
+    let mut replies = vec![running(&engine).await];
+    for _ in 0..3 {
+        replies.push(engine.submit(request(400, None)).unwrap());
+    }
+    engine.stop();
+    for reply in replies {
+        assert_eq!(
+            all(reply).await.last(),
+            Some(&GenerationEvent::Failed(EngineError::Stopped))
+        );
+    }
+    let mut state = engine.state();
+    let dead = timeout(
+        Duration::from_secs(30),
+        state.wait_for(|state| *state != EngineState::Running),
+    );
+    assert!(dead.await.expect("in time").is_ok());
+    assert_eq!(engine.submit(request(1, None)).unwrap_err(), SubmitError::Stopped);
+    assert_eq!((engine.stats().running, engine.stats().waiting), (0, 0));
+}
