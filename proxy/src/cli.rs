@@ -33,6 +33,8 @@ Usage:
   swapd --config FILE [--config-dir DIR] [--listen ADDR] [--watch-config]   serve
   swapd check --config FILE [--config-dir DIR] [--lenient]                   validate, exit 0 or 1
   swapd reload [--listen ADDR]                                               take up the file now, exit 0 or 1
+  swapd config show --config FILE [--config-dir DIR]                         what the registry resolves to
+  swapd schema                                                               its JSON Schema, for editors
   swapd --version
 
 Options (one dash or two):
@@ -50,6 +52,10 @@ pub enum Command {
     Serve(Paths, ServeOptions),
     /// Validate; whether unknown keys are forgiven.
     Check(Paths, bool),
+    /// Print what the registry resolves to.
+    Show(Paths),
+    /// Print the JSON Schema of the registry, for editors.
+    Schema,
     /// Have the swapd at this address take up its registry.
     Reload(String),
     /// Print the version.
@@ -84,7 +90,16 @@ pub fn parse(args: &[String]) -> Result<Command, String> {
     let mut args = args.iter().peekable();
     let reload = args.next_if(|a| *a == "reload").is_some();
     let check = !reload && args.next_if(|a| *a == "check").is_some();
-    let serves = !check && !reload;
+    let show = !reload && !check && args.next_if(|a| *a == "config").is_some();
+    if show && args.next_if(|a| *a == "show").is_none() {
+        return Err("'config' is followed by 'show'".to_owned());
+    }
+    let serves = !check && !reload && !show;
+    if serves && args.next_if(|a| *a == "schema").is_some() {
+        return Ok(Command::Schema);
+    }
+    // The word may be left out, as llama-swap has it.
+    let _ = args.next_if(|a| serves && *a == "serve");
     let mut paths = Paths::default();
     let mut options = ServeOptions {
         listen: DEFAULT_LISTEN.to_owned(),
@@ -109,7 +124,7 @@ pub fn parse(args: &[String]) -> Result<Command, String> {
         match name {
             "config" if !reload => paths.config = Some(value()?.into()),
             "config-dir" if !reload => paths.config_dir = Some(value()?.into()),
-            "listen" if !check => options.listen = value()?,
+            "listen" if serves || reload => options.listen = value()?,
             "watch-config" if serves => options.watch = boolean(name, inline)?,
             // The answer comes when the file is in force or refused: there is nothing more to wait for.
             "wait" if reload => drop(boolean(name, inline)?),
@@ -124,6 +139,9 @@ pub fn parse(args: &[String]) -> Result<Command, String> {
     }
     if paths.config.is_none() && paths.config_dir.is_none() {
         return Err("--config FILE or --config-dir DIR is required".to_owned());
+    }
+    if show {
+        return Ok(Command::Show(paths));
     }
     Ok(if check {
         Command::Check(paths, lenient)
@@ -174,6 +192,11 @@ pub fn main() -> ExitCode {
         }
         Ok(Command::Help) => {
             say(HELP.trim_end());
+            ExitCode::SUCCESS
+        }
+        Ok(Command::Show(paths)) => show(&paths),
+        Ok(Command::Schema) => {
+            say(&format!("{:#}", registry::schema()));
             ExitCode::SUCCESS
         }
         Ok(Command::Reload(listen)) => reload(&listen),
@@ -281,6 +304,23 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
     })
 }
 
+/// Prints what the registry resolves to, as YAML.
+fn show(paths: &Paths) -> ExitCode {
+    match load(paths, &Options::default()) {
+        Ok((registry, warnings)) => {
+            if !warnings.is_empty() {
+                complain(&lines(&warnings));
+            }
+            say(registry.to_yaml().trim_end());
+            ExitCode::SUCCESS
+        }
+        Err(errors) => {
+            complain(&lines(&errors));
+            ExitCode::from(1)
+        }
+    }
+}
+
 /// Asks the swapd at `listen` to take up its registry; 0 if it did.
 fn reload(listen: &str) -> ExitCode {
     let asked = parse_listen(listen).and_then(|address| {
@@ -365,6 +405,15 @@ mod tests {
             args("--config=f.yaml --watch-config=true --listen=:8080").unwrap(),
             expected
         );
+        assert_eq!(
+            args("serve --config f.yaml --listen :8080 --watch-config").unwrap(),
+            args("-config f.yaml -listen :8080 -watch-config").unwrap()
+        );
+        assert!(matches!(
+            args("config show --config f").unwrap(),
+            Command::Show(_)
+        ));
+        assert_eq!(args("schema").unwrap(), Command::Schema);
         assert_eq!(args("--version").unwrap(), Command::Version);
         assert!(matches!(
             args("check --config f --lenient").unwrap(),

@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use lifecycle::{
-    CutReason, Effect, Event, Instance, Kind, Lifecycle, ModelId, ModelStatus, Rejection, RequestId, State,
-    Ticket,
+    CutReason, Effect, Event, Failure, Instance, Kind, Lifecycle, ModelId, ModelStatus, Rejection, RequestId,
+    State, Ticket,
 };
 use parking_lot::Mutex;
 use tokio::sync::{Notify, broadcast, oneshot};
@@ -73,7 +73,7 @@ struct Inner {
 
 #[derive(Debug)]
 enum Slot {
-    Waiting(oneshot::Sender<Result<Option<Granted>, Rejection>>),
+    Waiting(ModelId, oneshot::Sender<Result<Option<Granted>, Rejection>>),
     Running(Arc<Wire>),
 }
 
@@ -275,7 +275,7 @@ impl House {
         let now = self.now();
         let mut inner = self.inner.lock();
         let (sender, mut receiver) = oneshot::channel();
-        inner.slots.insert(id, Slot::Waiting(sender));
+        inner.slots.insert(id, Slot::Waiting(model.clone(), sender));
         self.step(
             &mut inner,
             now,
@@ -318,14 +318,18 @@ impl House {
         self.step(&mut inner, now, Event::Reload { config, changed });
     }
 
-    /// Takes nothing new; returns when no process is left.
+    /// Takes nothing new, and stops every process. Ordered again, processes that have been asked to end already are
+    /// killed when the grace is over.
+    pub fn order_shutdown(self: &Arc<Self>, grace: Duration) {
+        let now = self.now();
+        let mut inner = self.inner.lock();
+        let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
+        self.step(&mut inner, now, Event::Shutdown { grace_ms });
+    }
+
+    /// As [`House::order_shutdown`]; returns when no process is left.
     pub async fn shut_down(self: &Arc<Self>, grace: Duration) {
-        {
-            let now = self.now();
-            let mut inner = self.inner.lock();
-            let grace_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
-            self.step(&mut inner, now, Event::Shutdown { grace_ms });
-        }
+        self.order_shutdown(grace);
         loop {
             let emptied = self.empty.notified();
             if self.inner.lock().empty {
@@ -438,19 +442,19 @@ impl House {
                     return;
                 };
                 let wire = Arc::new(Wire::default());
-                if let Some(Slot::Waiting(sender)) = inner.slots.insert(id, Slot::Running(wire.clone())) {
+                if let Some(Slot::Waiting(_, sender)) = inner.slots.insert(id, Slot::Running(wire.clone())) {
                     // A client that has just left gives its place back itself.
                     let _ = sender.send(Ok(Some(Granted { process, wire })));
                 }
             }
             Effect::Loaded(id) => {
-                if let Some(Slot::Waiting(sender)) = inner.slots.remove(&id) {
+                if let Some(Slot::Waiting(_, sender)) = inner.slots.remove(&id) {
                     let _ = sender.send(Ok(None));
                 }
             }
             Effect::Reject(id, reason) => {
-                if let Some(Slot::Waiting(sender)) = inner.slots.remove(&id) {
-                    let _ = sender.send(Err(reason));
+                if let Some(Slot::Waiting(model, sender)) = inner.slots.remove(&id) {
+                    let _ = sender.send(Err(self.with_log_tail(&model, reason)));
                 }
             }
             Effect::Cut(id, reason) => {
@@ -484,6 +488,19 @@ impl House {
                 self.empty.notify_waiters();
             }
         }
+    }
+
+    /// A failure that the core found by itself (a start that took too long) quotes the process's last lines too.
+    fn with_log_tail(&self, model: &ModelId, mut reason: Rejection) -> Rejection {
+        if let Rejection::StartFailed(failure) | Rejection::BackOff(failure, _) = &mut reason
+            && failure.log_tail.is_empty()
+        {
+            *failure = Arc::new(Failure {
+                message: failure.message.clone(),
+                log_tail: self.logs.tail(model, process::TAIL_LINES),
+            });
+        }
+        reason
     }
 
     fn start(self: &Arc<Self>, inner: &mut Inner, model: &ModelId, instance: Instance) {

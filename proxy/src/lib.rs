@@ -17,6 +17,7 @@
 //! | `activity`  | requests in flight, the last finished ones, counters per model                                 |
 //! | `usage`     | token counts from a reply on its way through                                                   |
 //! | `logs`      | bounded log rings and their live feed                                                          |
+//! | `outlet`    | standard output behind a bounded queue                                                         |
 //!
 //! Everything runs on one thread: a request costs no hop between threads, and children are spawned from the main
 //! thread, which Linux's parent-death signal needs.
@@ -28,6 +29,7 @@ pub mod house;
 pub mod http;
 pub mod jsonscan;
 pub mod logs;
+mod outlet;
 pub mod process;
 pub mod reload;
 pub mod residency;

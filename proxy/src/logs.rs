@@ -1,15 +1,17 @@
 //! The last lines of the proxy and of each model, bounded, and a live feed of them.
 
 use std::collections::VecDeque;
-use std::io::Write;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use bytes::Bytes;
 use indexmap::IndexMap;
 use lifecycle::ModelId;
 use parking_lot::Mutex;
 use tokio::sync::broadcast;
+
+use crate::outlet::Outlet;
 
 /// Bytes kept of the combined log.
 const COMBINED_BYTES: usize = 100 * 1024;
@@ -69,6 +71,14 @@ struct Inner {
     /// Models' lines go to standard output too.
     echo: AtomicBool,
     live: broadcast::Sender<Line>,
+    /// Standard output, from the first line that goes there.
+    stdout: OnceLock<Outlet>,
+}
+
+impl Inner {
+    fn stdout(&self) -> &Outlet {
+        self.stdout.get_or_init(|| Outlet::new(std::io::stdout()))
+    }
 }
 
 impl Default for Logs {
@@ -78,6 +88,7 @@ impl Default for Logs {
             models: Mutex::default(),
             echo: AtomicBool::new(false),
             live: broadcast::channel(LIVE_LINES).0,
+            stdout: OnceLock::new(),
         };
         Self {
             inner: Arc::new(inner),
@@ -105,7 +116,7 @@ impl Logs {
         };
         if let Source::Model(id) = &line.source {
             if self.inner.echo.load(Ordering::Relaxed) {
-                let _ = std::io::stdout().write_all(&line.text);
+                self.inner.stdout().write(line.text.clone());
             }
             self.inner
                 .models
@@ -118,6 +129,13 @@ impl Logs {
         let mut combined = self.inner.combined.lock();
         combined.push(line.clone(), COMBINED_BYTES);
         let _ = self.inner.live.send(line);
+    }
+
+    /// Waits until standard output has taken all lines so far, at most `limit`.
+    pub async fn flush(&self, limit: Duration) {
+        if let Some(stdout) = self.inner.stdout.get() {
+            stdout.flush(limit).await;
+        }
     }
 
     /// What is kept, oldest first, of the sources that `wanted` accepts.
@@ -200,8 +218,7 @@ pub struct Writer {
 impl std::io::Write for Writer {
     fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
         if self.stdout {
-            // A closed standard output is no reason to stop serving.
-            let _ = std::io::stdout().write_all(buf);
+            self.logs.inner.stdout().write(Bytes::copy_from_slice(buf));
         }
         self.logs.push(Source::Proxy, buf);
         Ok(buf.len())

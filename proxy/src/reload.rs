@@ -6,9 +6,10 @@
 //! and a half-written file is none, and it is always read again afterwards, so that the last edit wins.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use notify::event::{AccessKind, AccessMode};
 use notify::{Event, EventKind, RecursiveMode, Watcher};
@@ -111,7 +112,8 @@ impl Reloader {
 
     /// Follows the files for ever.
     pub async fn watch(self: Arc<Self>) {
-        let (nudge, mut nudged) = mpsc::channel(1);
+        let mut nudges = Nudges::new();
+        let nudge = nudges.sender.clone();
         let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
             // Reading, this program's own included, changes nothing.
             let read =
@@ -136,7 +138,7 @@ impl Reloader {
         let mut taken = self.content();
         let mut looks = self.looks();
         loop {
-            let event = timeout_at(Instant::now() + LOOK, nudged.recv()).await;
+            let event = timeout_at(Instant::now() + LOOK, nudges.next()).await;
             if event.is_err() {
                 let now = self.looks();
                 if now == looks {
@@ -145,7 +147,7 @@ impl Reloader {
                 looks = now;
             }
             let limit = Instant::now() + SETTLE_LIMIT;
-            while timeout_at((Instant::now() + SETTLE).min(limit), nudged.recv())
+            while timeout_at((Instant::now() + SETTLE).min(limit), nudges.next())
                 .await
                 .is_ok()
             {
@@ -200,14 +202,106 @@ impl Reloader {
         Some(hasher.finish())
     }
 
-    /// Sizes and times of all files, links followed: cheap to compare.
-    fn looks(&self) -> Vec<(PathBuf, Option<(u64, SystemTime)>)> {
-        let look = |p: PathBuf| {
-            let seen = std::fs::metadata(&p)
-                .ok()
-                .and_then(|m| Some((m.len(), m.modified().ok()?)));
-            (p, seen)
-        };
-        self.files().unwrap_or_default().into_iter().map(look).collect()
+    /// What all files look like from outside: cheap to compare.
+    fn looks(&self) -> Vec<(PathBuf, Option<Look>)> {
+        let files = self.files().unwrap_or_default();
+        files
+            .into_iter()
+            .map(|p| {
+                let look = Look::at(&p);
+                (p, look)
+            })
+            .collect()
+    }
+}
+
+/// Events of the file system, as far as they may matter.
+#[derive(Debug)]
+struct Nudges {
+    /// Held here too: without a watcher a closed channel would be an event without end.
+    sender: mpsc::Sender<()>,
+    receiver: mpsc::Receiver<()>,
+}
+
+impl Nudges {
+    fn new() -> Self {
+        let (sender, receiver) = mpsc::channel(1);
+        Self { sender, receiver }
+    }
+
+    async fn next(&mut self) {
+        let _ = self.receiver.recv().await;
+    }
+}
+
+/// A file from outside, links followed. Size and time alone would miss Nix's files, whose time is always the same: a
+/// link (or the link of a parent directory) that leads elsewhere leads to another inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Look {
+    inode: (u64, u64),
+    size: u64,
+    modified: (i64, i64),
+    changed: (i64, i64),
+}
+
+impl Look {
+    /// `None` if there is no such file.
+    fn at(path: &Path) -> Option<Self> {
+        let m = std::fs::metadata(path).ok()?;
+        Some(Self {
+            inode: (m.dev(), m.ino()),
+            size: m.len(),
+            modified: (m.mtime(), m.mtime_nsec()),
+            changed: (m.ctime(), m.ctime_nsec()),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::Future;
+    use std::task::{Context, Poll, Waker};
+    use std::time::SystemTime;
+
+    use super::*;
+
+    fn poll(nudges: &mut Nudges) -> Poll<()> {
+        let mut next = std::pin::pin!(nudges.next());
+        next.as_mut().poll(&mut Context::from_waker(Waker::noop()))
+    }
+
+    /// As when the system grants no watcher: its closure is dropped unused.
+    #[test]
+    fn without_a_watcher_there_are_no_events() {
+        let mut nudges = Nudges::new();
+        drop(nudges.sender.clone());
+        assert_eq!(poll(&mut nudges), Poll::Pending);
+        nudges.sender.try_send(()).unwrap();
+        assert_eq!(poll(&mut nudges), Poll::Ready(()));
+        assert_eq!(poll(&mut nudges), Poll::Pending);
+    }
+
+    /// Nix's store: equal sizes, one time for all files, and the link of a directory that moves.
+    #[test]
+    fn a_link_that_leads_elsewhere_looks_different() {
+        let dir = tempfile::tempdir().unwrap();
+        let current = dir.path().join("current");
+        let mut looks = Vec::new();
+        for store in ["store1", "store2"] {
+            let target = dir.path().join(store);
+            std::fs::create_dir(&target).unwrap();
+            let file = target.join("config.yaml");
+            std::fs::write(&file, store).unwrap();
+            let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1);
+            std::fs::File::open(&file).unwrap().set_modified(time).unwrap();
+            let link = dir.path().join("link");
+            std::os::unix::fs::symlink(&target, &link).unwrap();
+            std::fs::rename(&link, &current).unwrap();
+            let look = Look::at(&current.join("config.yaml")).unwrap();
+            assert_eq!(look, Look::at(&current.join("config.yaml")).unwrap());
+            assert_eq!((look.size, look.modified), (6, (1, 0)));
+            looks.push(look);
+        }
+        assert_ne!(looks[0], looks[1]);
     }
 }

@@ -15,13 +15,15 @@ use crate::http::{App, handle};
 
 /// Longest grace of a shutdown: requests in flight, then the processes' own end.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
+/// Longest wait for standard output to take the last lines.
+const LAST_LINES: Duration = Duration::from_millis(500);
 /// Delay after a failed accept (too many open files, mostly).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Serves until SIGTERM or SIGINT; SIGHUP takes up the registry's file. Returns when no process is left.
 ///
-/// The first signal lets requests in flight finish, within the longest unload grace of the registry; a second one
-/// ends that grace at once.
+/// The first signal lets requests in flight finish, within the longest unload grace of the registry; each further one
+/// cuts what is still in flight and kills the processes that have been asked to end already.
 ///
 /// # Errors
 /// The signals cannot be listened to.
@@ -54,14 +56,17 @@ pub async fn serve(app: Arc<App>, listener: TcpListener) -> std::io::Result<()> 
         .unwrap_or(Duration::ZERO)
         .min(SHUTDOWN_GRACE);
     let mut emptied = std::pin::pin!(app.house.shut_down(grace));
-    tokio::select! {
-        () = &mut emptied => {}
-        _ = terminate.recv() => app.house.shut_down(Duration::ZERO).await,
-        _ = interrupt.recv() => app.house.shut_down(Duration::ZERO).await,
+    loop {
+        tokio::select! {
+            () = &mut emptied => break,
+            _ = terminate.recv() => app.house.order_shutdown(Duration::ZERO),
+            _ = interrupt.recv() => app.house.order_shutdown(Duration::ZERO),
+        }
     }
     // Replies that are on their way out get a moment.
     let _ = tokio::time::timeout(Duration::from_millis(500), accepting).await;
     tracing::info!("shutdown complete");
+    app.house.logs.flush(LAST_LINES).await;
     Ok(())
 }
 

@@ -194,3 +194,44 @@ impl Pending {
         self.state = State::Flushing;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use http_body_util::BodyExt;
+
+    use super::*;
+
+    async fn next(body: &mut Body) -> Option<Result<String, Broken>> {
+        let frame = body.frame().await?;
+        Some(frame.map(|f| String::from_utf8(f.into_data().unwrap().to_vec()).unwrap()))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn silence_is_filled_with_comments() {
+        let begun = tokio::time::Instant::now();
+        let mut body = begin(Box::pin(std::future::pending()), Shown::Comments).into_body();
+        assert_eq!(next(&mut body).await.unwrap().unwrap().as_bytes(), COMMENT);
+        assert_eq!(next(&mut body).await.unwrap().unwrap().as_bytes(), COMMENT);
+        assert_eq!(begun.elapsed().as_secs(), SILENCE.as_secs());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_failure_or_plain_reply_is_an_event_and_no_clean_end() {
+        let failed: Work = Box::pin(async { Err(ApiError::unavailable("x", "why", None)) });
+        let plain: Work = Box::pin(async {
+            let mut response = Response::new(Body::Full("{\"error\":{\"message\":\"why\"}}".into()));
+            *response.status_mut() = http::StatusCode::BAD_REQUEST;
+            Ok(response)
+        });
+        for work in [failed, plain] {
+            let mut body = begin(work, Shown::Comments).into_body();
+            next(&mut body).await;
+            let event = next(&mut body).await.unwrap().unwrap();
+            assert!(
+                event.starts_with("data: {\"error\":{\"message\":\"why\""),
+                "{event}"
+            );
+            assert!(next(&mut body).await.unwrap().is_err());
+        }
+    }
+}

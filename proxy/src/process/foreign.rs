@@ -6,8 +6,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::Request;
 use http_body_util::Full;
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::process::Command;
 use tokio::sync::mpsc;
 
@@ -19,6 +21,8 @@ use crate::upstream::{Limits, Pool};
 const POLL: Duration = Duration::from_millis(40);
 /// Longest wait for one answer to the health check.
 const POLL_ANSWER: Duration = Duration::from_secs(5);
+/// Longest wait for a stranger on the command's address to accept a connection.
+const STRANGER_ANSWER: Duration = Duration::from_secs(1);
 /// What a killed command gets before its supervisor is killed too.
 const SUPERVISOR_GRACE: Duration = Duration::from_secs(2);
 
@@ -57,10 +61,16 @@ pub(super) async fn run(
 ) -> Result<String, String> {
     let (host, port, prefix) = parse_base(&launch.proxy)?;
     // A stranger on the port would answer the health check in the command's place.
-    if let Some(port) = launch.port
-        && let Err(e) = TcpListener::bind(("127.0.0.1", port)).await
-    {
-        return Err(format!("port {port} is not free for this model's command: {e}"));
+    if let Some(given) = launch.port {
+        if let Err(e) = TcpListener::bind(("127.0.0.1", given)).await {
+            return Err(format!("port {given} is not free for this model's command: {e}"));
+        }
+        // The address that is asked may be another one of this machine (`localhost`, `[::1]`).
+        if given == port && accepts(&host, port, STRANGER_ANSWER).await {
+            return Err(format!(
+                "port {port} is not free for this model's command: somebody listens on {host}"
+            ));
+        }
     }
     let mut command = Command::new(own_program());
     command
@@ -123,6 +133,12 @@ pub(super) async fn run(
             ended = Some(how.to_owned());
         }
     }
+    if ended.is_none()
+        && let Some(pid) = process.pid.get().and_then(|p| i32::try_from(*p).ok())
+    {
+        // The supervisor was killed, and the kernel takes only the command itself along: the rest of its group goes too.
+        let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+    }
     drain_output(output).await;
     let how = ended.unwrap_or_else(|| status.map_or_else(|e| e.to_string(), describe));
     Ok(if ready {
@@ -158,9 +174,19 @@ fn run_stop_command(
     }
 }
 
-/// Returns when the command answers its health check with 200.
+/// Whether somebody accepts connections there.
+async fn accepts(host: &str, port: u16, limit: Duration) -> bool {
+    let connected = tokio::time::timeout(limit, TcpStream::connect((host, port))).await;
+    // On a port that nobody listens on, a connection may come to meet itself.
+    connected.is_ok_and(|c| c.is_ok_and(|s| s.local_addr().ok() != s.peer_addr().ok()))
+}
+
+/// Returns when the command answers its health check with 200; without a check, when it accepts connections.
 async fn until_healthy(launch: &registry::CommandLaunch, host: &str, port: u16, prefix: &str) {
     let Some(endpoint) = &launch.check_endpoint else {
+        while !accepts(host, port, POLL_ANSWER).await {
+            tokio::time::sleep(POLL).await;
+        }
         return;
     };
     let limits = Limits {

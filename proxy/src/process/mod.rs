@@ -27,7 +27,7 @@ use crate::logs::{Logs, MAX_LINE, Source};
 use crate::upstream::{Limits, SharedPool};
 
 /// Lines of a process's output that its failure quotes.
-const TAIL_LINES: usize = 20;
+pub(crate) const TAIL_LINES: usize = 20;
 
 /// How a model's process is started and reached.
 #[derive(Clone, Debug)]

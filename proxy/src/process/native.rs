@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use api_types::control::{CONTROL_ENV, CONTROL_STDIN, ProxyCommand, WorkerEvent, to_line};
 use nix::sys::signal::{Signal, killpg};
@@ -9,6 +10,7 @@ use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::{Definition, Order, Process, Report, describe, drain_output, spawn};
 use crate::logs::{Logs, Source};
@@ -16,6 +18,16 @@ use crate::upstream::Pool;
 
 /// Environment variable that names the worker's program, for tests and unusual installations.
 pub const PROGRAM_ENV: &str = "SWAPD_WORKER";
+
+/// Environment variable with the milliseconds of [`SILENCE`], for tests and unusual installations.
+pub const SILENCE_ENV: &str = "SWAPD_WORKER_SILENCE_MS";
+/// A ready worker beats every second; one that is silent for this long is wedged and is killed.
+pub const SILENCE: Duration = Duration::from_secs(30);
+
+fn silence_limit() -> Duration {
+    let named = std::env::var(SILENCE_ENV).ok().and_then(|v| v.parse().ok());
+    named.map_or(SILENCE, Duration::from_millis)
+}
 
 /// The worker's program: named by the environment, else beside this program, else found in `PATH`.
 #[must_use]
@@ -54,15 +66,38 @@ pub(super) async fn run(
     let mut lines = BufReader::new(read).lines();
     let mut fatal = None;
     let mut listening = true;
+    let limit = silence_limit();
+    // `None`: not ready yet, or told to end.
+    let mut silent_at: Option<Instant> = None;
+    let mut silence = std::pin::pin!(tokio::time::sleep(Duration::ZERO));
+    let mut stopping = false;
     let status = loop {
         tokio::select! {
+            // What was said while this program was held up counts before the time that has passed meanwhile.
+            biased;
             status = child.wait() => break status,
             line = lines.next_line(), if listening => match line {
-                Ok(Some(line)) => fatal = heard(&line, process, definition, logs, report).or(fatal),
+                Ok(Some(line)) => {
+                    fatal = heard(&line, process, definition, logs, report).or(fatal);
+                    if !stopping && process.announced.get().is_some() {
+                        let at = Instant::now() + limit;
+                        silent_at = Some(at);
+                        silence.as_mut().reset(at);
+                    }
+                }
                 Ok(None) | Err(_) => listening = false,
             },
+            () = &mut silence, if silent_at.is_some() => {
+                silent_at = None;
+                let message = format!("no heartbeat for {} ms", limit.as_millis());
+                tracing::error!(model = %process.model, "{message}; killing");
+                fatal = Some(message);
+                signal(&child, Signal::SIGKILL);
+            }
             Some(order) = orders.recv() => match order {
                 Order::Stop => {
+                    // From here on the grace of the stop counts.
+                    (stopping, silent_at) = (true, None);
                     let line = to_line(&ProxyCommand::Stop).unwrap_or_default();
                     if write.write_all(line.as_bytes()).await.is_err() {
                         signal(&child, Signal::SIGTERM);
@@ -73,9 +108,7 @@ pub(super) async fn run(
         }
     };
     // What it said last may still be in the socket.
-    while let Ok(Ok(Some(line))) =
-        tokio::time::timeout(std::time::Duration::from_millis(20), lines.next_line()).await
-    {
+    while let Ok(Ok(Some(line))) = tokio::time::timeout(Duration::from_millis(20), lines.next_line()).await {
         fatal = heard(&line, process, definition, logs, &|_| ()).or(fatal);
     }
     // Helpers that the worker may have left in its group go with it.
