@@ -121,7 +121,7 @@ fn a_moved_link_of_a_parent_directory_is_a_change() {
         let target = dir.path().join(store);
         std::fs::create_dir(&target).unwrap();
         let file = target.join("config.yaml");
-        std::fs::write(&file, format!("models: {{{store}: {{cmd: x}}}}")).unwrap();
+        std::fs::write(&file, format!("models: {{{store}: {{worker: {{model: x}}}}}}")).unwrap();
         let time = SystemTime::UNIX_EPOCH + SEC;
         std::fs::File::open(&file).unwrap().set_modified(time).unwrap();
         let link = dir.path().join("link");
