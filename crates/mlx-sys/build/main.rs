@@ -120,7 +120,12 @@ fn variable(name: &str) -> Result<String> {
 
 /// Runs a command to its end and returns what it printed, or one line that says what went wrong.
 fn output(command: &mut Command, advice: &str) -> Result<String> {
-    let shown = format!("{command:?}");
+    // The program and its first words; the rest is noise in a line for a person.
+    let words = std::iter::once(command.get_program()).chain(command.get_args().take(3));
+    let shown = words
+        .map(|word| word.to_string_lossy())
+        .collect::<Vec<_>>()
+        .join(" ");
     let done = command
         .output()
         .map_err(|error| format!("cannot run {shown}: {error}. {advice}"))?;
