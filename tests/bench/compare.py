@@ -6,6 +6,7 @@ the same machine that reads the stream; the first token is the first event that 
 import argparse
 import contextlib
 import http.client
+import itertools
 import json
 import pathlib
 import platform
@@ -18,9 +19,12 @@ import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MODEL = ROOT / "models/demo/model"
-# Text that the model goes on with until it is stopped, so that both generate the same number of tokens.
-PROMPT = "<|im_start|>user\n" + "one two three four five six seven eight nine ten " * 4
+# Each request begins with a number of its own: a repeated prompt would measure mlx_lm.server's prompt cache.
+PROMPT = "<|im_start|>user\n{number} " + "one two three four five six seven eight nine ten " * 4
+NUMBERS = itertools.count(100)
 TOKENS = 256
+# The tokens that would end a reply are forbidden, so that both generate the same number.
+ENDS = json.loads((MODEL / "generation_config.json").read_text())["eos_token_id"]
 
 
 def free_port() -> int:
@@ -31,8 +35,8 @@ def free_port() -> int:
 
 def stream(port: int, model: str, tokens: int, started: float):
     """Seconds from `started` to the first token and to the end of a greedy completion, and its number of tokens."""
-    body = json.dumps(dict(model=model, prompt=PROMPT, max_tokens=tokens, temperature=0, stream=True,
-                           stream_options=dict(include_usage=True)))
+    body = json.dumps(dict(model=model, prompt=PROMPT.format(number=next(NUMBERS)), max_tokens=tokens, temperature=0, stream=True,
+                           logit_bias={str(token): -100 for token in ENDS}, stream_options=dict(include_usage=True)))
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})
     reply = connection.getresponse()
