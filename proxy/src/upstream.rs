@@ -20,6 +20,10 @@ use tokio::task::AbortHandle;
 /// Most unused connections kept.
 const MAX_IDLE: usize = 256;
 
+/// How long a used connection may take to be ready for the next request. One whose server answered without reading
+/// the whole request never is.
+const READY: Duration = Duration::from_millis(50);
+
 /// Limits of the connection; `None` is no limit.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
@@ -130,10 +134,10 @@ impl Pool {
         on_conn: &(dyn Fn(AbortHandle) + Sync),
     ) -> Result<(Response<Incoming>, Conn), Error> {
         while let Some(mut conn) = self.take_idle() {
-            if conn.sender.ready().await.is_err() {
+            on_conn(conn.task.clone());
+            if !matches!(tokio::time::timeout(READY, conn.sender.ready()).await, Ok(Ok(()))) {
                 continue;
             }
-            on_conn(conn.task.clone());
             // The body is shared, not copied.
             match conn.sender.send_request(request.clone()).await {
                 Ok(response) => return Ok((response, conn)),
@@ -181,11 +185,6 @@ impl Pool {
             conn,
             since: Instant::now(),
         });
-    }
-
-    /// Closes all unused connections.
-    pub fn close_idle(&self) {
-        self.idle.lock().clear();
     }
 
     async fn connect(&self) -> Result<Conn, Error> {

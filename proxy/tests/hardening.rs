@@ -142,7 +142,9 @@ fn a_start_that_takes_too_long_is_told_with_the_last_lines() {
     // 15 s is the least that the registry allows.
     let config = "healthCheckTimeout: 15
 models: {m: {worker: {model: DIR, env: [FAKE_CHATTER=3, FAKE_START_MS=60000]}}}";
-    let (message, code) = Swapd::start(config).chat("m", "").error();
+    let answer = Swapd::start(config).chat("m", "");
+    assert_eq!((answer.status, answer.header("retry-after")), (502, Some("1")));
+    let (message, code) = answer.error();
     assert!(message.contains("not ready within 15 s"), "{message}");
     assert!(message.contains("chatter 2"), "{message}");
     assert_eq!(code, "model_start_failed");
@@ -162,4 +164,20 @@ models: {m: {worker: {model: DIR, env: [JOURNAL, FAKE_IGNORE_TERM=1]}}}";
     signal(swapd.child.id(), Signal::SIGTERM);
     assert_eq!(swapd.exit_code(5 * SEC), Some(0));
     assert!(!alive(worker));
+}
+
+#[test]
+fn escapes_behind_the_name_reach_the_server_as_written() {
+    let swapd = Swapd::start("models: {org/m: {worker: {model: DIR}}}");
+    for name in ["org/m", "org%2Fm"] {
+        let answer = swapd.get(&format!("/upstream/{name}/files/a%2Fb%2fc?x=%2F"));
+        assert_eq!(answer.body, "/files/a%2Fb%2fc?x=%2F");
+    }
+}
+
+#[test]
+fn head_finds_its_model_in_the_query() {
+    let swapd = Swapd::start("models: {m: {worker: {model: DIR}}}");
+    let reply = swapd.open("HEAD", "/v1/audio/voices?model=m", "", "");
+    assert_eq!(reply.status, 200);
 }

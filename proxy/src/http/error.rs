@@ -64,10 +64,14 @@ pub fn rejected(model: &ModelId, reason: &Rejection) -> ApiError {
             format!("model '{model}' could not be made ready within {} s", ms / 1000),
             Some(5),
         ),
-        Rejection::StartFailed(failure) => bad_gateway(
-            "model_start_failed",
-            format!("model '{model}' could not be started: {}", with_tail(failure)),
-        ),
+        // Asked again in a second it is tried again, or says how long it backs off.
+        Rejection::StartFailed(failure) => ApiError {
+            retry_after: Some(1),
+            ..bad_gateway(
+                "model_start_failed",
+                format!("model '{model}' could not be started: {}", with_tail(failure)),
+            )
+        },
         Rejection::BackOff(failure, ms) => {
             let seconds = ms.div_ceil(1000).max(1);
             ApiError::unavailable(

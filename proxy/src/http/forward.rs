@@ -77,7 +77,7 @@ pub(super) async fn by_name(
         return websocket::forward(app, client, &choice.model, request, &path).await;
     }
     let (mut parts, incoming) = request.into_parts();
-    let (name, place, body) = if parts.method == http::Method::GET {
+    let (name, place, body) = if matches!(parts.method, http::Method::GET | http::Method::HEAD) {
         (
             extract::from_query(parts.uri.query())?,
             Place::Query,
@@ -102,6 +102,8 @@ pub(super) async fn by_name(
             .headers
             .insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
     }
+    // Tokens are counted from the reply as it passes, and events may be put into it: it has to come as it is.
+    parts.headers.remove(header::ACCEPT_ENCODING);
     let path = routes::upstream_path(path_of(&parts.uri));
     let streams = matches!(place, Place::Json { stream: true });
     serve(app, catalog, client, model, parts, path, body, streams).await
@@ -162,6 +164,7 @@ pub(super) async fn by_path(
     // An id may hold slashes, as they are or encoded; what follows it stays as the client wrote it.
     let unslashed = raw.replace("%2F", "/").replace("%2f", "/");
     let pinned = pinned_path(app, catalog, &unslashed)?;
+    let asked = unslashed.len();
     let unslashed = pinned.unwrap_or(unslashed);
     let Some((model, rest)) = catalog.resolve_prefix(&unslashed) else {
         return Err(error::unknown_model(
@@ -173,10 +176,11 @@ pub(super) async fn by_path(
     if !access.permits(model, name) {
         return Err(error::not_permitted(name));
     }
+    let written = as_written(raw, asked.saturating_sub(rest.len()));
     let query = request.uri().query().map(|q| format!("?{q}")).unwrap_or_default();
     let upgrade = websocket::is_upgrade(request.headers());
     if upgrade && !rest.is_empty() {
-        let path = format!("{rest}{query}");
+        let path = format!("{written}{query}");
         let path = path
             .parse()
             .map_err(|_| ApiError::bad_request(format!("the path {path} is malformed")))?;
@@ -189,12 +193,27 @@ pub(super) async fn by_path(
     if catalog.never_starts(rest) && app.house.status(model).is_none_or(|s| s.state != State::Ready) {
         return Err(error::not_loaded(model, rest));
     }
-    let path = format!("{rest}{query}");
+    let path = format!("{written}{query}");
     let path = path
         .parse()
         .map_err(|_| ApiError::bad_request(format!("the path {path} is malformed")))?;
     let body = read(app, incoming).await?;
     serve(app, catalog, client, model, parts, path, body, false).await
+}
+
+/// What follows the first `name` bytes of `raw`, where an encoded slash counts as one byte. It begins with a slash, and
+/// escapes in it stay.
+fn as_written(raw: &str, name: usize) -> String {
+    let escaped = |s: &str| s.starts_with("%2F") || s.starts_with("%2f");
+    let mut rest = raw;
+    for _ in 0..name {
+        let width = if escaped(rest) { 3 } else { 1 };
+        rest = rest.get(width..).unwrap_or_default();
+    }
+    if escaped(rest) {
+        return format!("/{}", rest.get(3..).unwrap_or_default());
+    }
+    rest.to_owned()
 }
 
 /// The path with its first name replaced where the active profile pins that name.
@@ -374,9 +393,13 @@ fn pass_back(response: Response<Incoming>, conn: Conn, lease: Lease, mut trace: 
         .get(header::CONTENT_TYPE)
         .and_then(|v| v.to_str().ok())
         .unwrap_or_default();
-    let events = kind.starts_with("text/event-stream");
+    let stream = kind.starts_with("text/event-stream");
+    // Comments and errors are put only into what has room for them: no promised length, no compression.
+    let events = stream
+        && !parts.headers.contains_key(header::CONTENT_LENGTH)
+        && !parts.headers.contains_key(header::CONTENT_ENCODING);
     trace.head(parts.status.as_u16(), kind);
-    if events {
+    if stream {
         parts
             .headers
             .insert(ACCEL_BUFFERING, HeaderValue::from_static("no"));
@@ -393,12 +416,14 @@ fn pass_back(response: Response<Incoming>, conn: Conn, lease: Lease, mut trace: 
 
 fn drop_hop_by_hop(headers: &mut HeaderMap) {
     // Headers named in `Connection` belong to the connection too.
-    if let Some(named) = headers.remove(header::CONNECTION) {
-        for name in named.to_str().unwrap_or_default().split(',') {
-            if let Ok(name) = HeaderName::from_bytes(name.trim().as_bytes()) {
-                headers.remove(name);
-            }
-        }
+    let named: Vec<HeaderName> = headers
+        .get_all(header::CONNECTION)
+        .iter()
+        .flat_map(|v| v.to_str().unwrap_or_default().split(','))
+        .filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok())
+        .collect();
+    for name in &named {
+        headers.remove(name);
     }
     for name in &HOP_BY_HOP {
         headers.remove(name);
@@ -428,18 +453,33 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_follows_the_name_stays_as_written() {
+        for (raw, name, rest) in [
+            ("m/files/a%2Fb%2fc", 1, "/files/a%2Fb%2fc"),
+            ("org%2Fm/files/a%2Fb", 5, "/files/a%2Fb"),
+            ("org%2Fm%2ffiles/a%2Fb", 5, "/files/a%2Fb"),
+            ("org/m", 5, ""),
+            ("m", 9, ""),
+        ] {
+            assert_eq!(as_written(raw, name), rest, "{raw}");
+        }
+    }
+
+    #[test]
     fn headers_of_the_connection_and_credentials_stay_here() {
         let mut headers = HeaderMap::new();
         for (name, value) in [
             ("connection", "keep-alive, x-mine"),
+            ("connection", "x-yours"),
             ("x-mine", "1"),
+            ("x-yours", "1"),
             ("keep-alive", "5"),
             ("authorization", "Bearer secret"),
             ("x-api-key", "secret"),
             ("x-forwarded-for", "10.0.0.1"),
             ("x-session-id", "s"),
         ] {
-            headers.insert(HeaderName::from_static(name), HeaderValue::from_static(value));
+            headers.append(HeaderName::from_static(name), HeaderValue::from_static(value));
         }
         tidy_request(&mut headers, SocketAddr::from(([127, 0, 0, 1], 9)));
         let mut left: Vec<(&str, &str)> = headers

@@ -1,0 +1,122 @@
+//! Connections to a model's server, against servers that misbehave on purpose.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::disallowed_methods
+)]
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::time::Duration;
+
+use bytes::Bytes;
+use common::Swapd;
+use http::Request;
+use http_body_util::{BodyExt, Full};
+use swapd::upstream::{Limits, Pool};
+
+/// Reads up to the end of a request's head, byte by byte: nothing of the body is taken.
+fn read_head(stream: &mut TcpStream) -> String {
+    let mut head = Vec::new();
+    let mut byte = [0];
+    while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).unwrap_or(0) == 1 {
+        head.push(byte[0]);
+    }
+    String::from_utf8(head).unwrap()
+}
+
+/// A server that answers before it has read the request leaves a connection that is never ready again.
+#[tokio::test]
+async fn a_used_connection_that_is_not_ready_holds_no_request_up() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = std::thread::spawn(move || {
+        // Kept by the handle until the end: a reset would overtake the reply.
+        (0..2)
+            .map(|_| {
+                let (mut stream, _) = listener.accept().unwrap();
+                read_head(&mut stream);
+                stream
+                    .write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok")
+                    .unwrap();
+                stream
+            })
+            .collect::<Vec<TcpStream>>()
+    });
+    let limits = Limits {
+        connect: None,
+        response_header: Some(Duration::from_secs(20)),
+        idle: None,
+    };
+    let pool = Pool::new("127.0.0.1", port, limits);
+    // More than the buffers of both ends hold.
+    let body = Bytes::from(vec![b'x'; 64 << 20]);
+    for _ in 0..2 {
+        let request = Request::post("/").body(Full::new(body.clone())).unwrap();
+        let (response, conn) = pool.send(&request, &|_| ()).await.unwrap();
+        let answer = response.into_body().collect().await.unwrap().to_bytes();
+        assert_eq!(&answer[..], b"ok");
+        pool.give_back(conn);
+    }
+    server.join().unwrap();
+}
+
+/// A stranger as a model: `cmd` is idle, and the reply is what the test says. Returns what reached the client, and the
+/// head that reached the server.
+fn through_the_proxy(reply: &'static [u8], headers: &str) -> (common::Answer, String) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let server = std::thread::spawn(move || {
+        loop {
+            let (mut stream, _) = listener.accept().unwrap();
+            let head = read_head(&mut stream);
+            // The look of whether somebody listens sends nothing.
+            if !head.is_empty() {
+                stream.write_all(reply).unwrap();
+                return head;
+            }
+        }
+    });
+    let config =
+        format!("models: {{m: {{cmd: 'sleep 600', proxy: 'http://127.0.0.1:{port}', checkEndpoint: none}}}}");
+    let swapd = Swapd::start(&config);
+    let body = common::chat_body("m", "\"stream\":true");
+    let answer = swapd
+        .open("POST", "/v1/chat/completions", headers, &body)
+        .finish();
+    (answer, server.join().unwrap())
+}
+
+/// An event put into a compressed body, or into one of known length, would be garbage.
+#[test]
+fn a_broken_reply_gets_an_error_event_only_where_one_fits() {
+    let plain: &[u8] =
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n\
+        4\r\nab\n\n\r\n";
+    let (answer, head) = through_the_proxy(plain, "Accept-Encoding: gzip\r\n");
+    assert!(
+        !answer.complete && answer.body.contains("upstream_died"),
+        "{answer:?}"
+    );
+    assert!(!head.to_lowercase().contains("accept-encoding"), "{head}");
+    let compressed: &[u8] =
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-encoding: gzip\r\n\
+        transfer-encoding: chunked\r\n\r\n4\r\nab\n\n\r\n";
+    let counted: &[u8] =
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-length: 900\r\n\r\nab\n\n";
+    for reply in [compressed, counted] {
+        let (answer, _) = through_the_proxy(reply, "");
+        assert!(
+            !answer.complete && !answer.body.contains("upstream_died"),
+            "{answer:?}"
+        );
+        assert_eq!(
+            answer.body.trim_end(),
+            if answer.body.is_empty() { "" } else { "ab" }
+        );
+    }
+}
