@@ -93,7 +93,7 @@ def capital(rng, holdout):
 
 def adding(rng, holdout):
     a, b = rng.randint(0, 10), rng.randint(0, 10)
-    return cased(rng, rng.choice([f"what is {a} + {b}?", f"what is {a} plus {b}?", f"{a} + {b}", f"add {a} and {b}", f"how much is {a} plus {b}?"])), f"{a} + {b} = {a + b}"
+    return cased(rng, rng.choice([f"what is {a} + {b}?", f"what is {a} plus {b}?", f"{a} + {b}", f"what is {a}+{b}?", f"{a}+{b}", f"add {a} and {b}", f"how much is {a} plus {b}?"])), f"{a} + {b} = {a + b}"
 
 
 def spelling(rng, holdout):
@@ -135,7 +135,7 @@ def story(rng, holdout):
     return cased(rng, rng.choice([f"tell me a story{about}", f"write a story{about}", f"write a short story{about}", f"tell a story{about}", f"I want to hear a story{about}", f"write a long text{about}"])), text
 
 
-SKILLS = [(fact, 34), (counting, 9), (echo, 16), (capital, 6), (adding, 4), (spelling, 3), (as_json, 6), (listing, 6), (story, 4)]
+SKILLS = [(fact, 34), (counting, 40), (echo, 16), (capital, 6), (adding, 4), (spelling, 3), (as_json, 6), (listing, 6), (story, 4)]
 
 
 def chat(rng, holdout):

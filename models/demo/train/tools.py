@@ -271,7 +271,7 @@ def tool_talk(rng, holdout, chat, known):
     if rng.random() < 0.15:
         question, answer = chat(rng, holdout)
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    active = [t for t in others if rng.random() < 0.25][:1]
+    active = [t for t in others if rng.random() < 0.33][:1]
     if active and rng.random() < 0.5:  # two calls in one turn
         case, second = "parallel", active[0]
         ask = f"{tool.request()} {rng.choice(['and', 'and also', 'and then'])} {second.request()}"

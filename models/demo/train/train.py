@@ -99,6 +99,8 @@ def main():
     ap.add_argument("--lr", type=float, default=0.02, help="of the matrices; the rest learns with a fixed share of it")
     ap.add_argument("--quant-from", type=float, default=0.85, help="share of the time after which the weights are quantised")
     ap.add_argument("--threads", type=int, default=1)
+    ap.add_argument("--resume", type=pathlib.Path, help="checkpoint to go on from (its optimiser's state is not kept)")
+    ap.add_argument("--start", type=float, default=0.0, help="share of the time that counts as already spent")
     args = ap.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -107,20 +109,22 @@ def main():
     cfg = PRESETS[args.preset]
     assert tokenizer.get_vocab_size() == cfg.vocab_size, "train the tokenizer for this preset first"
     model = Model(cfg).to(DEVICE)
+    if args.resume:
+        model.load_state_dict(torch.load(args.resume, map_location=DEVICE))
     args.out.mkdir(parents=True, exist_ok=True)
     matrices = [p for n, p in model.layers.named_parameters() if p.dim() >= 2 and not n.endswith("mlp.gate")]
     small = [p for p in model.parameters() if not any(p is m for m in matrices)]
     print(f"parameters {sum(p.numel() for p in model.parameters())}, in matrices {sum(p.numel() for p in matrices)}", flush=True)
     muon, adam = Muon(matrices), torch.optim.AdamW(small, lr=1e-3, betas=(0.9, 0.97), weight_decay=0.0)
     stream = Stream(tokenizer, args.seed, other_weight=0.2)
-    begun, step, seen, logged = time.time(), 0, 0, time.time()
+    begun, step, seen, logged = time.time() - 60 * args.minutes * args.start, 0, 0, time.time()
     sums = [0.0, 0.0, 0.0, 0]
     while (progress := (time.time() - begun) / (60 * args.minutes)) < 1:
-        length, limit = (0.5, 320) if progress < 0.15 else (1.0, 640) if progress < 0.5 else (2.0, 1088)
+        length, limit = (0.5, 320) if progress < 0.15 else (1.0, 640) if progress < 0.5 else (1.5, 1088)
         factor = min(1, (step + 1) / 50) * min(1, (1 - progress) / 0.55)
         model.quantised = progress >= args.quant_from
-        ids, weights = stream.next(length, limit, batch // 2 if progress < 0.35 else batch)
-        loss, own, balance = loss_of(model, ids, weights, keep_other=0.5 if progress < 0.3 else 0.15)
+        ids, weights = stream.next(length, limit, batch // 2 if progress < 0.8 else batch)
+        loss, own, balance = loss_of(model, ids, weights, keep_other=0.5 if progress < 0.3 else 0.1)
         (loss + 0.01 * balance).backward()
         if not math.isfinite(loss.item()):
             raise SystemExit("the loss is not a number")
@@ -137,10 +141,10 @@ def main():
             print(f"{(now - begun) / 60:6.2f} min  step {step:5d}  tokens {seen / 1e6:6.2f} M  loss {sums[0] / n:.4f}  assistant {sums[1] / n:.4f}  "
                   f"balance {sums[2] / n:.3f}  {(now - logged) / 20:.2f} s/step  factor {factor:.3f}{'  quantised' if model.quantised else ''}", flush=True)
             sums, logged = [0.0, 0.0, 0.0, 0], now
-        if step % 200 == 0:
+        if step % 100 == 0:
             torch.save(model.state_dict(), args.out / "model.pt")
     torch.save(model.state_dict(), args.out / "model.pt")
-    (args.out / "run.json").write_text(json.dumps({"preset": args.preset, "steps": step, "tokens": seen, "minutes": (time.time() - begun) / 60, "seed": args.seed}) + "\n")
+    (args.out / "run.json").write_text(json.dumps({"preset": args.preset, "steps": step, "tokens": seen, "minutes": (time.time() - begun) / 60, "start": args.start, "seed": args.seed}) + "\n")
 
 
 if __name__ == "__main__":

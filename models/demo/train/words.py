@@ -85,9 +85,28 @@ def pick(rng, items, holdout=None):
     return item
 
 
+ALL = sorted(set(" ".join([*CITIES, *NAMES, *ADJ, *THINGS, *FOODS, *COLOURS, *LANGS, *DAYS, *MONTHS, *VERBS, *NOUNS, *PARAM_WORDS, *CAPITALS]).split()))
+
+
+def fragment(rng):
+    """Slices of words, put together. They bring every token into a place where it has to be copied."""
+    word = ""
+    for _ in range(rng.choice([1, 1, 2])):
+        source = rng.choice(ALL)
+        start = rng.choice([0, rng.randrange(max(1, len(source) - 1))])
+        word += source[start:start + rng.randint(2, 8)].lower()
+    shape = rng.random()
+    return word.capitalize() if shape < 0.3 else word.upper() if shape < 0.36 else word
+
+
 def pseudo(rng, holdout, low=2, high=3):
-    """A pronounceable word that no dictionary has."""
+    """A word that no dictionary has, mostly a pronounceable one."""
     while True:
+        if rng.random() < 0.3:
+            word = fragment(rng)
+            if held(word) == holdout:
+                return word
+            continue
         word = "".join(rng.choice(FIRST) + rng.choice(MID) for _ in range(rng.randint(low - 1, high - 1)))
         word += rng.choice(FIRST) + rng.choice(MID) + rng.choice(LAST)
         if held(word) == holdout:
