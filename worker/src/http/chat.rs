@@ -9,17 +9,17 @@ use api_types::openai::{
 };
 use axum::extract::{Request, State};
 use axum::response::Response;
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use chat_format::{Delivery, Delta, OutputConfig, OutputParser, ParsedOutput};
 
 use super::choice::Choice;
 use super::errors::{self, Failure};
 use super::metrics::Route;
-use super::prompt::{self, ChatPrompt, LONG_BODY};
+use super::prompt::{self, ChatPrompt};
+use super::random_id;
 use super::reply::{self, Chunks, Whole};
 use super::run::{Account, Run};
 use super::service::{Service, unix_seconds};
-use super::{body, random_id};
 use crate::backend::Generation;
 
 /// The route.
@@ -28,10 +28,7 @@ pub(super) async fn handle(
     request: Request,
 ) -> Result<Response, Failure> {
     let mut account = Account::open(&service, Route::Chat)?;
-    let prepared = match body::read(request, service.config.max_body).await {
-        Ok(body) => prepare(&service, body).await,
-        Err(error) => Err(error),
-    };
+    let prepared = prompt::prepare(&service, request, prompt::chat).await;
     let opened = prepared.and_then(|prompt| {
         let choices = submit(&service, &prompt)?;
         Ok((prompt, choices))
@@ -65,16 +62,6 @@ pub(super) async fn handle(
         reply::whole(&service, run, whole, prompt.clamped).await
     };
     Ok(response?)
-}
-
-async fn prepare(service: &Arc<Service>, body: Bytes) -> Result<ChatPrompt, ApiError> {
-    if body.len() <= LONG_BODY {
-        return prompt::chat(service, &body);
-    }
-    let service = Arc::clone(service);
-    tokio::task::spawn_blocking(move || prompt::chat(&service, &body))
-        .await
-        .map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))?
 }
 
 fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<Choice>, ApiError> {

@@ -1,17 +1,19 @@
-//! A checked request to token ids and sampling. Pure work on text: the caller decides on which thread.
+//! A checked request to token ids and sampling: work on text, on a thread of its own when there is much of it.
 
 use std::sync::Arc;
 
 use api_types::ApiError;
 use api_types::openai::{ChatRequest, CompletionRequest, GenerationOptions, Prompt, Sampling, ToolChoice};
+use axum::extract::Request;
 use chat_format::{Reasoning, RenderInputs, TemplateError, ToolFormat, ToolSet};
 use serde_json::Value;
 
+use super::body;
 use super::service::{ChatFormat, Service};
 use crate::backend::{GenerateRequest, SamplingParams};
 
 /// Bodies longer than this are parsed, rendered and tokenised off the threads that serve everybody.
-pub(super) const LONG_BODY: usize = 16 << 10;
+const LONG_BODY: usize = 16 << 10;
 
 /// A chat, ready to be generated.
 pub(super) struct ChatPrompt {
@@ -44,6 +46,25 @@ pub(super) struct CompletionPrompt {
 pub(super) struct Clamped {
     pub(super) asked: usize,
     pub(super) allowed: usize,
+}
+
+/// Reads a request's body and turns it into a prompt by `make`; a long one is worked on outside the async threads.
+///
+/// # Errors
+/// As `body::read` and `make`.
+pub(super) async fn prepare<T: Send + 'static>(
+    service: &Arc<Service>,
+    request: Request,
+    make: fn(&Service, &[u8]) -> Result<T, ApiError>,
+) -> Result<T, ApiError> {
+    let body = body::read(request, service.config.max_body).await?;
+    if body.len() <= LONG_BODY {
+        return make(service, &body);
+    }
+    let service = Arc::clone(service);
+    tokio::task::spawn_blocking(move || make(&service, &body))
+        .await
+        .map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))?
 }
 
 /// `/v1/chat/completions`.
