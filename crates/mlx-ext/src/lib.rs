@@ -3,6 +3,7 @@
 //! # Layout
 //!
 //! - [`mapped`]: arrays over memory-mapped files, so that weights stay file-backed pages;
+//! - [`slab`]: memory that is written in place, step after step;
 //! - [`ops`]: operations missing from mlx-rs, or present there only for types known at compile time;
 //! - `error`: how a failure inside mlx-c becomes an [`mlx_rs::error::Exception`].
 //!
@@ -12,9 +13,11 @@
 mod error;
 pub mod mapped;
 pub mod ops;
+pub mod slab;
 
 pub use mapped::{MappedFile, MappedTensor};
 pub use mlx_rs::error::{Exception, Result};
+pub use slab::Slab;
 
 /// Which build of MLX this program runs on, for logs and status pages.
 #[derive(Debug, Clone)]

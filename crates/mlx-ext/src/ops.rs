@@ -109,6 +109,29 @@ pub fn slice_update(array: &Array, update: &Array, start: &[i32], stop: &[i32]) 
     })
 }
 
+/// `array` with rows along `axis` replaced: row `indices[i]` becomes `updates[i]`. `indices`: `[n]`, distinct; `updates`:
+/// `[n, ...]`, followed by `array`'s shape with a 1 at `axis`. The write is in place as with [`slice_update`].
+///
+/// # Errors
+///
+/// Shapes that do not fit.
+pub fn scatter_rows(array: &Array, indices: &Array, updates: &Array, axis: i32) -> Result<Array> {
+    let stream = Stream::thread_local_or_default();
+    error::array(|result| {
+        // SAFETY: the handles are alive for the call.
+        unsafe {
+            mlx_sys::mlx_scatter_single(
+                result,
+                array.as_ptr(),
+                indices.as_ptr(),
+                updates.as_ptr(),
+                axis,
+                stream.as_ptr(),
+            )
+        }
+    })
+}
+
 /// As many ones as an array has axes, without an allocation.
 struct Strides([i32; Strides::MOST]);
 

@@ -63,7 +63,8 @@ pub(crate) fn compile(context: &Context, mlx: &Mlx, mlx_c: &Path) -> Result<()> 
         .warnings(false)
         // Thin wrappers: optimising them costs build time and gains nothing that a measurement shows.
         .opt_level(1)
-        .files(sources);
+        .files(sources)
+        .file(native.join("alias.cpp"));
     build.try_compile("mlxc").map_err(|error| {
         let first = error.to_string();
         let first = first.lines().next().unwrap_or("no message");

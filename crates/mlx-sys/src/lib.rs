@@ -1,10 +1,18 @@
 //! Bindings to [mlx-c](https://github.com/ml-explore/mlx-c) 0.7.0 over a prebuilt libmlx 0.32.2.
 //!
 //! Takes the place of the published crate of the same name and version, whose build script compiles MLX itself and
-//! therefore needs Xcode. The items are mlx-c's own; see its headers. Beside them: [`blas`].
+//! therefore needs Xcode. The items are mlx-c's own; see its headers. Beside them: [`blas`] and
+//! [`mlx_sys_array_alias`].
 #![allow(non_upper_case_globals, non_camel_case_types, non_snake_case, clippy::all)]
 
 include!(concat!(env!("OUT_DIR"), "/bindings.rs"));
+
+unsafe extern "C" {
+    /// Writes to `result` a second array object over `source`'s buffer (`native/alias.cpp`), which must be evaluated and
+    /// one whole row-contiguous buffer. Returns non-zero, after calling the error handler, when it is not. An operation
+    /// that consumes the alias and may reuse its input's buffer writes into `source`.
+    pub fn mlx_sys_array_alias(result: *mut mlx_array, source: mlx_array) -> std::ffi::c_int;
+}
 
 /// What multiplies matrices on the CPU: OpenBLAS with its configuration, or the BLAS that libmlx brings itself.
 ///
