@@ -1,0 +1,82 @@
+//! One request, from its arrival to its end.
+
+use std::time::Duration;
+
+use kv_cache::Token;
+
+#[derive(Debug)]
+pub(crate) struct Job {
+    /// Place in the order of arrival, kept through preemptions.
+    pub(crate) arrival: u64,
+    pub(crate) submitted: Duration,
+    /// The prompt, and the drawn tokens that were read.
+    pub(crate) tokens: Vec<Token>,
+    prompt: usize,
+    /// Most tokens to draw.
+    allowed: usize,
+    /// Draws planned so far, read or not.
+    pub(crate) drawn: usize,
+    /// `None`: in the queue.
+    pub(crate) running: Option<Running>,
+    /// Admitted at least once.
+    pub(crate) started: bool,
+    /// The first part of its prompt was planned.
+    pub(crate) reported: bool,
+    /// Tokens of its prompt that were not computed by itself, the last time it was admitted.
+    pub(crate) cached: usize,
+}
+
+/// A job that holds blocks.
+#[derive(Debug)]
+pub(crate) struct Running {
+    /// Tokens to prefill: all that were known when it was admitted.
+    pub(crate) target: usize,
+    /// Positions handed out.
+    pub(crate) done: usize,
+    /// Positions recorded.
+    pub(crate) recorded: usize,
+    /// Steps in a row in which others were prefilled and this one was not.
+    pub(crate) passed: usize,
+}
+
+impl Running {
+    pub(crate) fn prefilling(&self) -> bool {
+        self.done < self.target
+    }
+}
+
+impl Job {
+    pub(crate) fn new(arrival: u64, submitted: Duration, prompt: Vec<Token>, allowed: usize) -> Self {
+        Self {
+            arrival,
+            submitted,
+            prompt: prompt.len(),
+            tokens: prompt,
+            allowed,
+            drawn: 0,
+            running: None,
+            started: false,
+            reported: false,
+            cached: 0,
+        }
+    }
+
+    /// Draws that were read.
+    pub(crate) fn read(&self) -> usize {
+        self.tokens.len() - self.prompt
+    }
+
+    pub(crate) fn unread(&self) -> bool {
+        self.drawn > self.read()
+    }
+
+    /// Tokens still to come, those drawn and not read among them.
+    pub(crate) fn rest(&self) -> usize {
+        self.allowed - self.read()
+    }
+
+    /// It has tokens to draw, and its prompt is done.
+    pub(crate) fn decodes(&self) -> bool {
+        self.drawn < self.allowed && self.running.as_ref().is_some_and(|running| !running.prefilling())
+    }
+}
