@@ -38,7 +38,7 @@ impl<S: Clone> KvCache<S> {
     }
 
     fn audit_pool(&self, holders: &BTreeMap<BlockId, u32>) -> Result<(), String> {
-        let free: BTreeSet<BlockId> = self.pool.free_blocks().iter().copied().collect();
+        let free: BTreeSet<BlockId> = self.pool.free_blocks().collect();
         ensure(free.len() == self.pool.free(), || "a block is free twice".into())?;
         ensure(free.len() + holders.len() == self.pool.total(), || {
             format!(

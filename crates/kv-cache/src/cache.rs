@@ -197,17 +197,25 @@ impl<S: Clone> KvCache<S> {
         let start = sequence.blocks.len() * self.config.block_size;
         let mut cached_tokens = start;
         let mut copies = Vec::new();
-        // Before the copy's target is taken, which may evict the source and the snapshot with it.
+        // Before anything is evicted, which may be the source of the copy and the snapshot with it.
         let snapshot = found
             .snapshot
             .and_then(|(node, at)| self.snapshots.use_at(node, at, tick).cloned());
-        if let Some((node, tokens)) = found.tail
-            && let Some(from) = self.tree.block(node)
-        {
+        let tail = found
+            .tail
+            .and_then(|(node, tokens)| Some((node, self.tree.block(node)?, tokens)));
+        if let Some((node, from, tokens)) = tail {
             self.tree.touch(node, tick);
-            if let Some(to) = self.take_block() {
+            let taken_over = self.take_over(node, tokens);
+            self.evict_for(self.promised - usize::from(taken_over));
+            let to = if taken_over {
+                Some(from)
+            } else {
+                // The source may be the very block that had to go; then the tokens are in place already.
+                self.pool.take(from).or_else(|| self.take_block(&sequence))
+            };
+            if let Some(to) = to {
                 sequence.spend(&mut self.promised);
-                // The source itself may be the very block that had to go; then the tokens are in place already.
                 if from != to {
                     copies.push(CopyBlock { from, to, tokens });
                     self.counters.copied_blocks += 1;
@@ -218,6 +226,8 @@ impl<S: Clone> KvCache<S> {
                     .tail
                     .extend_from_slice(prompt.get(start..cached_tokens).unwrap_or(&[]));
             }
+        } else {
+            self.evict_for(self.promised);
         }
         sequence.len = cached_tokens;
         self.counters.admitted += 1;
@@ -234,15 +244,38 @@ impl<S: Clone> KvCache<S> {
         }))
     }
 
-    /// A free block, by evicting if need be. `None` is impossible while the promises are covered.
-    fn take_block(&mut self) -> Option<BlockId> {
-        if self.pool.free() == 0
+    /// Takes a partly filled block out of the tree, to be written on where it is, if all of its tokens are wanted: the
+    /// next turn of a conversation. The block is the sequence's alone until it is full.
+    fn take_over(&mut self, node: usize, tokens: usize) -> bool {
+        let whole = self.tree.key(node).len() == tokens && tokens < self.config.block_size;
+        let alone = self
+            .tree
+            .block(node)
+            .is_some_and(|block| self.pool.refs(block) == 1);
+        // Where a match must end at a snapshot, those of the block have to stay for others.
+        let taken =
+            whole && alone && self.config.reuse == Reuse::Positions && self.tree.remove(node).is_some();
+        if taken {
+            self.snapshots.drop_node(node);
+        }
+        taken
+    }
+
+    /// Evicts until so many blocks are free, or nothing is left to evict. What is promised is free from the start
+    /// rather than evicted block by block: so much the likelier are the blocks of a sequence neighbours.
+    fn evict_for(&mut self, blocks: usize) {
+        while self.pool.free() < blocks
             && let Some(node) = self.tree.least_recently_used()
         {
             self.drop_node(node);
             self.counters.evicted_blocks += 1;
         }
-        self.pool.take()
+    }
+
+    /// The next block for a sequence. `None` is impossible while the promises are covered.
+    fn take_block(&mut self, sequence: &Sequence<S>) -> Option<BlockId> {
+        let block = self.next_block(sequence)?;
+        self.pool.take(block)
     }
 
     pub(crate) fn drop_node(&mut self, node: usize) {
@@ -285,32 +318,32 @@ impl<S: Clone> KvCache<S> {
     /// [`CacheError::OutOfBlocks`] past the promised share; [`CacheError::PastLimit`].
     pub fn extend(&mut self, id: SeqId, count: usize) -> Result<Extension, CacheError> {
         let (needed, shared) = self.growth(id, count)?;
-        let mut fresh = Vec::with_capacity(needed);
-        for _ in 0..needed {
-            fresh.extend(self.take_block());
-        }
         let block_size = self.config.block_size;
-        let sequence = self
+        // Out of the map meanwhile, so that placement does not take it for one of the others.
+        let mut sequence = self
             .sequences
-            .get_mut(&id)
+            .remove(&id)
             .ok_or(CacheError::UnknownSequence(id))?;
-        let mut fresh = fresh.into_iter();
-        for _ in 0..needed {
+        self.evict_for(self.promised + needed.saturating_sub(sequence.credit));
+        let mut extension = Extension::default();
+        if let Some(from) = shared {
+            extension.copies.extend(self.take_block(&sequence).map(|to| {
+                sequence.blocks.pop();
+                sequence.blocks.push(to);
+                CopyBlock {
+                    from,
+                    to,
+                    tokens: sequence.len % block_size,
+                }
+            }));
             sequence.spend(&mut self.promised);
         }
-        let mut extension = Extension::default();
-        if let Some(from) = shared
-            && let Some(to) = fresh.next()
-        {
-            extension.copies.push(CopyBlock {
-                from,
-                to,
-                tokens: sequence.len % block_size,
-            });
-            sequence.blocks.pop();
-            sequence.blocks.push(to);
+        for _ in usize::from(shared.is_some())..needed {
+            if let Some(block) = self.take_block(&sequence) {
+                sequence.blocks.push(block);
+            }
+            sequence.spend(&mut self.promised);
         }
-        sequence.blocks.extend(fresh);
         let end = sequence.len + count;
         while sequence.len < end {
             let offset = sequence.len % block_size;
@@ -325,6 +358,7 @@ impl<S: Clone> KvCache<S> {
             self.pool.release(copy.from);
             self.counters.copied_blocks += 1;
         }
+        self.sequences.insert(id, sequence);
         Ok(extension)
     }
 

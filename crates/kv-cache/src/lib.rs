@@ -10,6 +10,7 @@
 //! - A block is free, cached, or in use; its holders are counted; nobody writes to a block that someone else can read.
 //! - A cached block is found by all tokens from the start of the prompt to its end, compared one by one.
 //! - What is in use is not evicted; of the rest the least recently used goes first, a conversation's end before its start.
+//! - What is promised to a sequence is free, and its blocks are neighbours wherever there is room for that ([`runs`]).
 //! - An exact repeat leaves one token to prefill, never none.
 //! - An admitted request can always take the blocks promised to it. Past them, [`KvCache::make_room`] preempts juniors;
 //!   the most senior always gets through, so every admitted request finishes.
@@ -71,13 +72,14 @@
 //! To tell a person why a prompt was not reused, ask [`KvCache::divergence`] before admitting it.
 //!
 //! Layout: `types` names, effects, errors; `config` sizes; `pool` free list and holders; `tree` the prefix tree;
-//! `lookup` matches and divergence; `snapshots` states at positions; `sequence` block tables, fork, end; `cache`
+//! `lookup` matches and divergence; `placement` which block is next; `snapshots` states at positions; `sequence` block tables, fork, end; `cache`
 //! admission, growth, recording, preemption; `usage` numbers; `audit` the invariants.
 
 mod audit;
 mod cache;
 mod config;
 mod lookup;
+mod placement;
 mod pool;
 mod sequence;
 mod snapshots;
@@ -88,6 +90,7 @@ mod usage;
 pub use cache::KvCache;
 pub use config::{CacheConfig, ConfigError, KvShape, Reuse};
 pub use lookup::Divergence;
+pub use placement::runs;
 pub use types::{
     Admission, Admitted, BlockId, CacheError, CopyBlock, Extension, Preempted, Request, SeqId, Shortage,
     SlotRun, Token, TooLarge,

@@ -46,11 +46,15 @@ impl Model {
         self.total - self.used() + unpinned - promised
     }
 
-    /// Makes room for one block: the oldest chain goes that is in no one's use and that no other goes on from.
+    /// What is promised is free: the oldest chain goes that is in no one's use and that no other goes on from.
     fn make_room(&mut self) {
-        if self.used() < self.total {
-            return;
+        let promised: usize = self.running.values().map(|run| run.credit).sum();
+        while self.total < self.used() + promised {
+            self.evict();
         }
+    }
+
+    fn evict(&mut self) {
         let leaf = |chain: &Vec<Token>| {
             !self.pinned(chain)
                 && !self
@@ -135,21 +139,18 @@ impl Model {
             let mut near = [above, below].into_iter().flatten();
             near.find(|chain| common(chain, head) == cached).cloned().unwrap()
         });
-        self.running.insert(
-            id,
-            Running {
-                tokens: prompt.to_vec(),
-                published: whole,
-                ..Running::default()
-            },
-        );
+        // A part of a block that is wanted in full is written on where it is; of others a copy is made.
         if let Some(source) = source {
-            *self.chains.get_mut(&source).unwrap() = self.tick;
-            self.make_room();
             run.private = 1;
             run.credit -= 1;
+            if source == head[..cached] {
+                self.chains.remove(&source);
+            } else {
+                *self.chains.get_mut(&source).unwrap() = self.tick;
+            }
         }
         self.running.insert(id, run);
+        self.make_room();
         Some(cached)
     }
 
@@ -177,7 +178,6 @@ impl Model {
         let recorded = self.running[&id].recorded;
         let held = self.running[&id].published + self.running[&id].private;
         for _ in held..(recorded + count).div_ceil(self.block_size) {
-            self.make_room();
             let run = self.running.get_mut(&id).unwrap();
             run.private += 1;
             run.credit -= 1;
