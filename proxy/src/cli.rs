@@ -2,13 +2,16 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use registry::{Code, Diagnostic, Globals, LogLevel, LogTo, Options, Registry, Severity};
+use tokio_rustls::TlsAcceptor;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConnection, StreamOwned};
 use tracing_subscriber::filter::LevelFilter;
 
 use crate::activity::Activity;
@@ -18,6 +21,7 @@ use crate::http::App;
 use crate::logs::Logs;
 use crate::process::supervise;
 use crate::reload::Reloader;
+use crate::tls;
 
 /// Where it listens unless told otherwise.
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:11434";
@@ -32,7 +36,7 @@ swapd: one address in front of many model servers
 Usage:
   swapd --config FILE [--config-dir DIR] [--listen ADDR] [--watch-config]   serve
   swapd check --config FILE [--config-dir DIR] [--lenient]                   validate, exit 0 or 1
-  swapd reload [--listen ADDR]                                               take up the file now, exit 0 or 1
+  swapd reload [--listen ADDR] [--tls-cert-file FILE]                        take up the file now, exit 0 or 1
   swapd config show --config FILE [--config-dir DIR]                         what the registry resolves to
   swapd schema                                                               its JSON Schema, for editors
   swapd --version
@@ -41,6 +45,8 @@ Options (one dash or two):
   --config FILE       registry, YAML or JSON
   --config-dir DIR    more registry files, *.yml and *.yaml, merged by name
   --listen ADDR       address, default 127.0.0.1:11434; ':PORT' means 127.0.0.1:PORT
+  --tls-cert-file FILE, --tls-key-file FILE
+                      serve TLS (PEM; certificate chain and key); for 'reload': the certificate that swapd shows
   --watch-config      take up changes of the registry without a restart
   --lenient           check: unknown keys are no failure
 ";
@@ -56,8 +62,8 @@ pub enum Command {
     Show(Paths),
     /// Print the JSON Schema of the registry, for editors.
     Schema,
-    /// Have the swapd at this address take up its registry.
-    Reload(String),
+    /// Have the swapd at this address take up its registry; over TLS if it shows the certificate of this file.
+    Reload(String, Option<PathBuf>),
     /// Print the version.
     Version,
     /// Print the help.
@@ -80,6 +86,10 @@ pub struct ServeOptions {
     pub listen: String,
     /// Whether to follow changes of the registry.
     pub watch: bool,
+    /// PEM file of the certificate chain.
+    pub tls_cert: Option<PathBuf>,
+    /// PEM file of its key.
+    pub tls_key: Option<PathBuf>,
 }
 
 /// Reads the arguments after the program's name.
@@ -104,6 +114,8 @@ pub fn parse(args: &[String]) -> Result<Command, String> {
     let mut options = ServeOptions {
         listen: DEFAULT_LISTEN.to_owned(),
         watch: false,
+        tls_cert: None,
+        tls_key: None,
     };
     let mut lenient = false;
     while let Some(arg) = args.next() {
@@ -125,6 +137,8 @@ pub fn parse(args: &[String]) -> Result<Command, String> {
             "config" if !reload => paths.config = Some(value()?.into()),
             "config-dir" if !reload => paths.config_dir = Some(value()?.into()),
             "listen" if serves || reload => options.listen = value()?,
+            "tls-cert-file" if serves || reload => options.tls_cert = Some(value()?.into()),
+            "tls-key-file" if serves => options.tls_key = Some(value()?.into()),
             "watch-config" if serves => options.watch = boolean(name, inline)?,
             // The answer comes when the file is in force or refused: there is nothing more to wait for.
             "wait" if reload => drop(boolean(name, inline)?),
@@ -135,7 +149,7 @@ pub fn parse(args: &[String]) -> Result<Command, String> {
         }
     }
     if reload {
-        return Ok(Command::Reload(options.listen));
+        return Ok(Command::Reload(options.listen, options.tls_cert));
     }
     if paths.config.is_none() && paths.config_dir.is_none() {
         return Err("--config FILE or --config-dir DIR is required".to_owned());
@@ -199,7 +213,7 @@ pub fn main() -> ExitCode {
             say(&format!("{:#}", registry::schema()));
             ExitCode::SUCCESS
         }
-        Ok(Command::Reload(listen)) => reload(&listen),
+        Ok(Command::Reload(listen, certificate)) => reload(&listen, certificate.as_deref()),
         Ok(Command::Check(paths, lenient)) => check(&paths, lenient),
         Ok(Command::Serve(paths, options)) => match serve(&paths, &options) {
             Ok(()) => ExitCode::SUCCESS,
@@ -260,6 +274,7 @@ fn check(paths: &Paths, lenient: bool) -> ExitCode {
 fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
     // Everything is parsed before a port is bound.
     let address = parse_listen(&options.listen)?;
+    let acceptor = acceptor(options)?;
     let (registry, warnings) = load(paths, &Options::default()).map_err(|errors| lines(&errors))?;
     let logs = Logs::default();
     start_log(&registry.globals, &logs);
@@ -298,7 +313,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
             max_body: MAX_BODY,
             started_unix: now,
         });
-        crate::serve::serve(app, listener)
+        crate::serve::serve(app, listener, acceptor)
             .await
             .map_err(|e| e.to_string())
     })
@@ -321,17 +336,32 @@ fn show(paths: &Paths) -> ExitCode {
     }
 }
 
+/// TLS as ordered; both files or none.
+fn acceptor(options: &ServeOptions) -> Result<Option<TlsAcceptor>, String> {
+    match (&options.tls_cert, &options.tls_key) {
+        (None, None) => Ok(None),
+        (Some(certificate), Some(key)) => tls::acceptor(certificate, key).map(Some),
+        (Some(_), None) => Err("--tls-cert-file needs --tls-key-file: TLS takes both".to_owned()),
+        (None, Some(_)) => Err("--tls-key-file needs --tls-cert-file: TLS takes both".to_owned()),
+    }
+}
+
 /// Asks the swapd at `listen` to take up its registry; 0 if it did.
-fn reload(listen: &str) -> ExitCode {
+fn reload(listen: &str, certificate: Option<&Path>) -> ExitCode {
     let asked = parse_listen(listen).and_then(|address| {
-        let mut stream = TcpStream::connect(address).map_err(|e| format!("no swapd at {address}: {e}"))?;
+        let stream = TcpStream::connect(address).map_err(|e| format!("no swapd at {address}: {e}"))?;
         let key = std::env::var(KEY_ENV).map(|k| format!("Authorization: Bearer {k}\r\n")).unwrap_or_default();
         let request = format!(
             "POST /api/reload HTTP/1.1\r\nHost: {address}\r\nContent-Length: 0\r\nConnection: close\r\n{key}\r\n"
         );
-        let mut answer = String::new();
-        stream.write_all(request.as_bytes()).and_then(|()| stream.read_to_string(&mut answer)).map_err(|e| e.to_string())?;
-        Ok(answer)
+        match certificate {
+            None => ask(stream, &request),
+            Some(certificate) => {
+                let config = tls::pinned(certificate)?;
+                let connection = ClientConnection::new(config, ServerName::IpAddress(address.ip().into()));
+                ask(StreamOwned::new(connection.map_err(|e| e.to_string())?, stream), &request)
+            }
+        }
     });
     let answer = match asked {
         Ok(answer) => answer,
@@ -353,6 +383,16 @@ fn reload(listen: &str) -> ExitCode {
             .unwrap_or(body),
     );
     ExitCode::from(1)
+}
+
+/// Sends a request and reads until the other side has no more to say.
+fn ask(mut stream: impl Read + Write, request: &str) -> Result<String, String> {
+    let mut answer = String::new();
+    let asked = stream.write_all(request.as_bytes());
+    asked
+        .and_then(|()| stream.read_to_string(&mut answer))
+        .map_err(|e| e.to_string())?;
+    Ok(answer)
 }
 
 fn start_log(globals: &Globals, logs: &Logs) {
@@ -395,6 +435,8 @@ mod tests {
             ServeOptions {
                 listen: ":8080".into(),
                 watch: true,
+                tls_cert: None,
+                tls_key: None,
             },
         );
         assert_eq!(

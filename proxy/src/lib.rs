@@ -4,6 +4,8 @@
 //! |-------------|-----------------------------------------------------------------------------------------------|
 //! | `cli`       | command line; `check`, `serve`                                                                 |
 //! | `serve`     | listener, signals, end                                                                         |
+//! | `connection`| one client's connection: plain or TLS, HTTP/1.1 or HTTP/2                                      |
+//! | `tls`       | certificates: the proxy's own, and which are trusted                                           |
 //! | `http`      | routes, bodies, errors, forwarding                                                             |
 //! | `jsonscan`  | finds `model` in a body without building a tree                                                |
 //! | `select`    | a requested name to a model: profiles, selectors                                               |
@@ -25,6 +27,7 @@
 pub mod activity;
 pub mod catalog;
 pub mod cli;
+mod connection;
 pub mod house;
 pub mod http;
 pub mod jsonscan;
@@ -36,5 +39,6 @@ pub mod residency;
 pub mod rewrite;
 pub mod select;
 pub mod serve;
+pub mod tls;
 pub mod upstream;
 pub mod usage;

@@ -1,17 +1,15 @@
 //! The listener, the signals, and the end of it all.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::server::conn::http1;
-use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
+use tokio_rustls::TlsAcceptor;
 
-use crate::http::{App, handle};
+use crate::connection::{self, until};
+use crate::http::App;
 
 /// Longest grace of a shutdown: requests in flight, then the processes' own end.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(30);
@@ -23,19 +21,25 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// Serves until SIGTERM or SIGINT; SIGHUP takes up the registry's file. Returns when no process is left.
 ///
 /// The first signal lets requests in flight finish, within the longest unload grace of the registry; each further one
-/// cuts what is still in flight and kills the processes that have been asked to end already.
+/// cuts what is still in flight and kills the processes that have been asked to end already. With an `acceptor` clients
+/// speak TLS.
 ///
 /// # Errors
 /// The signals cannot be listened to.
-pub async fn serve(app: Arc<App>, listener: TcpListener) -> std::io::Result<()> {
+pub async fn serve(
+    app: Arc<App>,
+    listener: TcpListener,
+    acceptor: Option<TlsAcceptor>,
+) -> std::io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let mut hangup = signal(SignalKind::hangup())?;
     // Whoever reads this line may send signals.
-    tracing::info!("listening on http://{}", listener.local_addr()?);
+    let scheme = if acceptor.is_some() { "https" } else { "http" };
+    tracing::info!("listening on {scheme}://{}", listener.local_addr()?);
     tokio::spawn(app.house.clone().keep_time());
     let (closing, closed) = watch::channel(false);
-    let accepting = tokio::spawn(accept(app.clone(), listener, closed));
+    let accepting = tokio::spawn(accept(app.clone(), listener, acceptor, closed));
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
@@ -71,7 +75,12 @@ pub async fn serve(app: Arc<App>, listener: TcpListener) -> std::io::Result<()> 
 }
 
 /// Accepts connections until `closed`, then waits for those that are open.
-async fn accept(app: Arc<App>, listener: TcpListener, mut closed: watch::Receiver<bool>) {
+async fn accept(
+    app: Arc<App>,
+    listener: TcpListener,
+    acceptor: Option<TlsAcceptor>,
+    mut closed: watch::Receiver<bool>,
+) {
     let mut connections = tokio::task::JoinSet::new();
     let mut stop = closed.clone();
     loop {
@@ -80,7 +89,8 @@ async fn accept(app: Arc<App>, listener: TcpListener, mut closed: watch::Receive
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
                 Ok((stream, client)) => {
-                    connections.spawn(connection(app.clone(), stream, client, closed.clone()));
+                    let (app, closed, acceptor) = (app.clone(), closed.clone(), acceptor.clone());
+                    connections.spawn(connection::serve(app, stream, client, closed, acceptor));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "accept");
@@ -92,30 +102,4 @@ async fn accept(app: Arc<App>, listener: TcpListener, mut closed: watch::Receive
     drop(listener);
     until(&mut closed).await;
     while connections.join_next().await.is_some() {}
-}
-
-async fn connection(app: Arc<App>, stream: TcpStream, client: SocketAddr, mut closed: watch::Receiver<bool>) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "TCP_NODELAY");
-    }
-    let service = service_fn(move |request| handle(app.clone(), client, request));
-    let mut connection = std::pin::pin!(
-        http1::Builder::new()
-            .serve_connection(TokioIo::new(stream), service)
-            .with_upgrades()
-    );
-    let result = tokio::select! {
-        result = connection.as_mut() => result,
-        () = until(&mut closed) => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
-        }
-    };
-    if let Err(error) = result {
-        tracing::debug!(%client, %error, "connection");
-    }
-}
-
-async fn until(closed: &mut watch::Receiver<bool>) {
-    let _ = closed.wait_for(|c| *c).await;
 }

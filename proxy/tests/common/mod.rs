@@ -101,8 +101,8 @@ impl Swapd {
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         let address = loop {
             let line = lines.next().expect("swapd ended before it listened").unwrap();
-            if let Some((_, address)) = line.split_once("listening on http://") {
-                break address.to_owned();
+            if let Some((_, address)) = line.split_once("listening on http") {
+                break address.split_once("://").unwrap().1.to_owned();
             }
         };
         // Read on, or the pipe fills up.
