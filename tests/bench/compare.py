@@ -36,6 +36,7 @@ def free_port() -> int:
 def stream(port: int, model: str, tokens: int, started: float):
     """Seconds from `started` to the first token and to the end of a greedy completion, and its number of tokens."""
     body = json.dumps(dict(model=model, prompt=PROMPT.format(number=next(NUMBERS)), max_tokens=tokens, temperature=0, stream=True,
+                           presence_penalty=0, frequency_penalty=0,
                            logit_bias={str(token): -100 for token in ENDS}, stream_options=dict(include_usage=True)))
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     connection.request("POST", "/v1/completions", body, {"content-type": "application/json"})

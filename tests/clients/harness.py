@@ -166,7 +166,9 @@ class Swapd(Server):
 
 
 def chat_body(text, model="demo", **more):
-    return {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 120} | more
+    """Greedy, without the worker's default penalties."""
+    return {"model": model, "messages": [{"role": "user", "content": text}], "temperature": 0, "max_tokens": 120,
+            "presence_penalty": 0, "frequency_penalty": 0} | more
 
 
 def demo(**more):

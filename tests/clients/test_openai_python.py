@@ -192,7 +192,7 @@ def test_a_tools_result_makes_the_round(client):
     result = json.dumps({"temperature": 21, "condition": "sunny"})
     messages.append({"role": "tool", "tool_call_id": call.tool_calls[0].id, "content": result})
     reply = client.chat.completions.create(model="demo", messages=messages, tools=[WEATHER], temperature=0,
-                                           max_tokens=120).choices[0]
+                                           presence_penalty=0, frequency_penalty=0, max_tokens=120).choices[0]
     assert reply.finish_reason == "stop" and not reply.message.tool_calls
     assert "21" in reply.message.content and "sunny" in reply.message.content
 

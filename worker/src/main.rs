@@ -24,6 +24,10 @@ fn main() -> ExitCode {
 }
 
 fn serve(args: ParsedArgs) -> ExitCode {
+    if let Err(error) = mlxworker::serve::environment::apply(&args.knobs) {
+        complain(&format!("cannot start again with MLX's variables set: {error}"));
+        return ExitCode::FAILURE;
+    }
     let filter =
         EnvFilter::try_from_env("RUST_LOG").unwrap_or_else(|_| EnvFilter::new(&args.knobs.log_level));
     let colours = std::io::stderr().is_terminal();

@@ -21,13 +21,10 @@ const VOCAB: usize = 128;
 
 async fn engine(max_running: usize, max_waiting: usize) -> Engine {
     let config = EngineConfig {
-        model: Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied"),
-        mapped: true,
-        context_length: None,
         max_running,
         max_waiting,
         prefill_chunk: 16,
-        buffer_cache_bytes: 1 << 20,
+        ..EngineConfig::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied"))
     };
     Engine::start(config, |_| {}).await.unwrap()
 }

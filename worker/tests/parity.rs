@@ -97,13 +97,9 @@ fn scores_after_the_prompt() {
 
 async fn engine(folder: &Path, max_running: usize) -> Engine {
     let config = EngineConfig {
-        model: folder.to_path_buf(),
-        mapped: true,
-        context_length: None,
         max_running,
-        max_waiting: 64,
         prefill_chunk: 64,
-        buffer_cache_bytes: 64 << 20,
+        ..EngineConfig::new(folder.to_path_buf())
     };
     Engine::start(config, |_| {}).await.unwrap()
 }

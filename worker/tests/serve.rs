@@ -171,6 +171,22 @@ fn a_proxy_gets_ready_heartbeats_and_answers() {
     assert_eq!(worker.ended_within(Duration::from_secs(10)).code(), Some(0));
 }
 
+/// MLX reads its variables when it is first used: they are there before, under the same process id.
+#[test]
+#[cfg(target_os = "linux")]
+fn mlx_variables_are_in_the_environment_from_the_start() {
+    let flags = ["--mlx-max-ops-per-buffer", "17", "--mlx-max-mb-per-buffer=23"];
+    let mut worker = Worker::supervised(&demo(), &flags);
+    worker.ready();
+    let environment = std::fs::read(format!("/proc/{}/environ", worker.child.id())).unwrap();
+    let environment = String::from_utf8_lossy(&environment);
+    let variables: Vec<&str> = environment.split('\0').collect();
+    for variable in ["MLX_MAX_OPS_PER_BUFFER=17", "MLX_MAX_MB_PER_BUFFER=23"] {
+        assert!(variables.contains(&variable), "{variables:?}");
+    }
+    assert!(variables.contains(&"MLXWORKER_CONTROL=stdin"));
+}
+
 #[test]
 fn a_worker_ends_with_its_proxy() {
     let mut worker = Worker::supervised(&demo(), &[]);

@@ -37,6 +37,9 @@ pub fn help_text() -> String {
                 Effect::NoMeaning(why) => {
                     let _ = write!(text, " No meaning here: {why}.");
                 }
+                Effect::Refused(why) => {
+                    let _ = write!(text, " Refused: {why}.");
+                }
             }
             for line in wrap(&text, 92) {
                 let _ = writeln!(out, "      {line}");
@@ -85,6 +88,9 @@ pub fn reference_markdown() -> String {
                 }
                 Effect::NoMeaning(why) => {
                     let _ = write!(text, " **No meaning here:** {why}.");
+                }
+                Effect::Refused(why) => {
+                    let _ = write!(text, " **Refused:** {why}.");
                 }
             }
             let default = match knob.default {

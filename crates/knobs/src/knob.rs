@@ -94,6 +94,9 @@ pub enum Effect {
     AcceptedOnly(&'static str),
     /// Accepted, so that an existing command line works; it can mean nothing here, for this reason.
     NoMeaning(&'static str),
+    /// Known and not to be had, for this reason: any other value than the default is an error, since a worker that
+    /// went on without it would not be the one that was asked for.
+    Refused(&'static str),
 }
 
 /// Where a knob stands in the help text.
@@ -369,6 +372,14 @@ pub enum KnobError {
     Speculative {
         /// As written.
         name: String,
+    },
+    /// A knob that is known and cannot be had.
+    #[error("{name} is refused: {why}")]
+    Refused {
+        /// Its flag.
+        name: String,
+        /// Why.
+        why: &'static str,
     },
     /// The command line has the wrong shape.
     #[error("{0}")]

@@ -9,14 +9,17 @@
 //! | `settings` | [`Settings`]: what somebody wrote (flags or YAML), checked one by one; to argv again |
 //! | `args`     | `mlxworker serve MODEL --flag value ...` to [`ParsedArgs`]                          |
 //! | `docs`     | `--help` and the reference page                                                     |
+//! | `from_value` | a resolved value into the type of its field                                       |
 //!
 //! There are two stages, as in ripgrep: [`Settings`] is what was written, sparse; [`Knobs`] is what it resolves to.
 //! Flag names are vllm-mlx's wherever the meaning is the same, so a registry keeps its arguments when the program's
 //! name changes. A knob whose engine part does not exist yet is accepted, validated and *named in a warning* when it
-//! is set ([`Effect::AcceptedOnly`]); none is silently ignored. Speculative decoding is refused everywhere.
+//! is set ([`Effect::AcceptedOnly`]); one that cannot be had is refused with the reason ([`Effect::Refused`]); none is
+//! silently ignored. Speculative decoding is refused everywhere.
 
 mod args;
 mod docs;
+mod from_value;
 mod knob;
 mod settings;
 mod speculative;

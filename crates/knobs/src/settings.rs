@@ -135,7 +135,8 @@ impl Settings {
                     value.to_string()
                 };
                 match knob.effect {
-                    Effect::Active => None,
+                    // A refused one never gets as far as a worker.
+                    Effect::Active | Effect::Refused(_) => None,
                     // Asking for what happens anyway needs no answer.
                     Effect::NoMeaning(_)
                         if Some(&value) == knob.default.value().map(|v| v.to_string()).as_ref() =>
@@ -157,9 +158,34 @@ impl Settings {
     /// Fills in the defaults and checks the knobs against each other.
     ///
     /// # Errors
-    /// [`KnobError::Conflict`] naming both knobs and their values.
+    /// [`KnobError::Refused`] for a knob that cannot be had; [`KnobError::Conflict`] naming knobs and values.
     pub fn resolve(&self) -> Result<Knobs, KnobError> {
         let mut knobs = Knobs::read(|knob| self.values.get(knob.flag).cloned().or_else(|| default(knob)))?;
+        for (knob, value) in self.iter() {
+            if let Effect::Refused(why) = knob.effect
+                && default(knob).as_ref() != Some(value)
+            {
+                return Err(KnobError::Refused {
+                    name: format!("--{}", knob.flag),
+                    why,
+                });
+            }
+        }
+        if !knobs.paged_cache_block_size.is_power_of_two() {
+            return Err(KnobError::Conflict(format!(
+                "--paged-cache-block-size {}: must be a power of two",
+                knobs.paged_cache_block_size
+            )));
+        }
+        if !knobs.continuous_batching {
+            if self.get("max-num-seqs").is_some() && knobs.max_num_seqs > 1 {
+                return Err(KnobError::Conflict(format!(
+                    "--max-num-seqs {} needs --continuous-batching: without it one request runs at a time",
+                    knobs.max_num_seqs
+                )));
+            }
+            knobs.max_num_seqs = 1;
+        }
         if knobs.chunked_prefill_tokens > 0 {
             knobs.prefill_step_size = knobs.chunked_prefill_tokens;
         }

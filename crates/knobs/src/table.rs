@@ -1,75 +1,8 @@
 //! The table. A row's doc comment is its help text; everything else about a knob is in the row.
 
+use crate::from_value::FromValue;
 use crate::knob::{Effect, Fixed, Group, Kind, Knob, KnobError, Value};
 use serde_json::Map;
-
-/// Takes a resolved value into a field's type.
-trait FromValue: Sized {
-    fn from_value(value: Option<Value>) -> Option<Self>;
-}
-
-impl FromValue for bool {
-    fn from_value(value: Option<Value>) -> Option<Self> {
-        match value {
-            Some(Value::Bool(b)) => Some(b),
-            _ => None,
-        }
-    }
-}
-
-impl FromValue for u64 {
-    fn from_value(value: Option<Value>) -> Option<Self> {
-        match value {
-            Some(Value::Int(i)) => Self::try_from(i).ok(),
-            _ => None,
-        }
-    }
-}
-
-impl FromValue for u16 {
-    fn from_value(value: Option<Value>) -> Option<Self> {
-        match value {
-            Some(Value::Int(i)) => Self::try_from(i).ok(),
-            _ => None,
-        }
-    }
-}
-
-impl FromValue for f64 {
-    fn from_value(value: Option<Value>) -> Option<Self> {
-        match value {
-            Some(Value::Float(x)) => Some(x),
-            _ => None,
-        }
-    }
-}
-
-impl FromValue for String {
-    fn from_value(value: Option<Value>) -> Option<Self> {
-        match value {
-            Some(Value::Str(s)) => Some(s),
-            _ => None,
-        }
-    }
-}
-
-impl FromValue for Map<String, serde_json::Value> {
-    fn from_value(value: Option<Value>) -> Option<Self> {
-        match value {
-            Some(Value::Json(map)) => Some(map),
-            _ => None,
-        }
-    }
-}
-
-impl<T: FromValue> FromValue for Option<T> {
-    fn from_value(value: Option<Value>) -> Option<Self> {
-        match value {
-            None => Some(None),
-            some => T::from_value(some).map(Some),
-        }
-    }
-}
 
 const ROW: Knob = Knob {
     field: "",
@@ -187,11 +120,8 @@ const SECONDS: Kind = Kind::Float {
 };
 const PENALTY: Kind = Kind::Float { min: -2.0, max: 2.0 };
 
-const PAGED: Effect = Effect::AcceptedOnly("it comes with the paged KV cache");
-const PREFIX: Effect = Effect::AcceptedOnly("it comes with the prefix cache");
-const BATCH: Effect = Effect::AcceptedOnly("it comes with continuous batching");
-const LIMITS: Effect = Effect::AcceptedOnly("it comes with memory admission");
-const KV_QUANT: Effect = Effect::AcceptedOnly("it comes with KV-cache quantisation");
+const KV_QUANT: &str = "KV-cache quantisation is not implemented; a smaller --context-length or --max-num-seqs, or a larger \
+                        --cache-memory-mb, makes long contexts fit";
 const NO_PYTHON: &str = "models are read by our own code, never by code from the model's directory";
 const ONE_MODEL: &str = "a worker serves one model; swapd's registry holds many";
 const TEXT_ONLY: Effect = Effect::AcceptedOnly("it comes with that kind of model");
@@ -281,15 +211,15 @@ knob_table! {
     }
     /// Penalty for any token that the reply already has, when the request does not say.
     default_presence_penalty: f64 = "default-presence-penalty" {
-        group: Group::Sampling, kind: PENALTY, default: Fixed::Float(0.0),
-        reason: "OpenAI's default, and greedy replies stay those of the reference; models that loop get about 0.3 \
-                 in the registry",
+        group: Group::Sampling, kind: PENALTY, default: Fixed::Float(0.1),
+        reason: "a greedy loop had to be stopped by hand; 0.1 tips a near tie towards a new token and leaves clear choices \
+                 alone. A comparison with another engine's greedy replies sets 0",
     }
     /// Penalty that grows with every occurrence of a token in the reply, when the request does not say.
     default_frequency_penalty: f64 = "default-frequency-penalty" {
-        group: Group::Sampling, kind: PENALTY, default: Fixed::Float(0.0),
-        reason: "OpenAI's default, and greedy replies stay those of the reference; models that loop get about 0.3 \
-                 in the registry",
+        group: Group::Sampling, kind: PENALTY, default: Fixed::Float(0.01),
+        reason: "it grows without end: at 0.3 a newline that code has used a hundred times is down by 30, at 0.01 by 1, \
+                 while a loop is still left sooner or later",
     }
     /// Factor that divides the scores of tokens already seen, when the request does not say; 1 is none. Unset:
     /// generation_config.json, else 1.
@@ -346,25 +276,56 @@ knob_table! {
         group: Group::Scheduling, kind: Kind::Int { min: 0, max: 1_048_576 }, default: Fixed::Int(0), unit: "tokens",
         reason: "prefill is always chunked",
     }
-    /// Let requests join and leave a running batch between steps.
+    /// Most work of one step: tokens computed times the context that each of them looks back on. A chunk of a long prompt
+    /// gets shorter as its context grows.
+    step_budget: u64 = "step-budget" {
+        group: Group::Scheduling, kind: Kind::Int { min: 65_536, max: 1_000_000_000_000 },
+        default: Fixed::Int(16_777_216), unit: "tokens x context",
+        reason: "512 tokens at a context of 32,768: about a second of attention on a large Mac with a 30B model; macOS ends \
+                 a GPU command that takes several",
+    }
+    /// Longest time that one step may take while requests run; 0 waits for ever. Past it every client is told, and the
+    /// process ends with an error, so that swapd starts another.
+    watchdog_seconds: f64 = "watchdog-seconds" {
+        group: Group::Scheduling, kind: Kind::Float { min: 0.0, max: 1_000_000.0 }, default: Fixed::Float(120.0),
+        unit: "s",
+        reason: "a step takes a second or two, on a machine that swaps a minute; a GPU command that hangs never ends, and \
+                 nothing else would notice",
+    }
+    /// How attention over the paged cache is computed: `reference` gathers the blocks and uses MLX's own attention,
+    /// `kernel` insists on this program's kernel and does not start without it, `auto` takes the kernel where it agrees
+    /// with the reference on this device and is faster.
+    attention: String = "attention" {
+        group: Group::Scheduling, kind: Kind::Enum(&["auto", "reference", "kernel"]), default: Fixed::Str("auto"),
+        reason: "a kernel that has been compared with the reference at start, on this very device, can be trusted",
+    }
+    /// Turn quantised weights to float32 while loading, when MLX runs on the CPU: `auto` where memory suffices.
+    cpu_dequantize: String = "cpu-dequantize" {
+        group: Group::Memory, kind: Kind::Enum(&["auto", "on", "off"]), default: Fixed::Str("auto"),
+        reason: "MLX multiplies quantised matrices on the CPU one number at a time; its float32 product is many times \
+                 faster, for up to eight times the memory",
+    }
+    /// Let requests join and leave a running batch between steps. Off: one request at a time (--max-num-seqs 1).
     continuous_batching: bool = "continuous-batching" {
-        group: Group::Scheduling, off: &["disable-continuous-batching"], default: Fixed::Bool(true), effect: BATCH,
+        group: Group::Scheduling, off: &["disable-continuous-batching"], default: Fixed::Bool(true),
         reason: "one request at a time wastes the memory bandwidth that all of them could share",
     }
     /// Prompts prefilled together.
     prefill_batch_size: u64 = "prefill-batch-size" {
         group: Group::Scheduling, aliases: &["prompt-concurrency"], kind: Kind::Int { min: 1, max: 1024 },
-        default: Fixed::Int(1), unit: "requests", effect: BATCH,
+        default: Fixed::Int(1), unit: "requests",
+        effect: Effect::NoMeaning("prompts are computed in chunks, one prompt at a time, between the steps of those that run"),
         reason: "one prompt fills the GPU by itself; the next one's first token only gets later",
     }
     /// Most sequences decoded in one step. Unset: --max-num-seqs.
     completion_batch_size: Option<u64> = "completion-batch-size" {
-        group: Group::Scheduling, kind: Kind::Int { min: 1, max: 1024 }, unit: "requests", effect: BATCH,
+        group: Group::Scheduling, kind: Kind::Int { min: 1, max: 1024 }, unit: "requests",
+        effect: Effect::NoMeaning("every running request is decoded in every step; --max-num-seqs is the limit"),
     }
     /// Tokens gathered into one event of a stream.
     stream_interval: u64 = "stream-interval" {
         group: Group::Scheduling, kind: Kind::Int { min: 1, max: 1024 }, default: Fixed::Int(1), unit: "tokens",
-        effect: BATCH, reason: "a token that is known is sent",
+        effect: Effect::NoMeaning("every token is sent as soon as it is known"), reason: "a token that is known is sent",
     }
 
     /// How weights come into memory: `mmap` maps the files (on Metal without a copy), `read` reads them up front.
@@ -381,75 +342,85 @@ knob_table! {
     }
     /// Memory reserved for the KV cache. Unset: the smaller of 8 GiB and 1/16 of memory.
     cache_memory_mb: Option<u64> = "cache-memory-mb" {
-        group: Group::Memory, kind: Kind::Int { min: 16, max: 1_048_576 }, unit: "MiB", effect: PAGED,
+        group: Group::Memory, kind: Kind::Int { min: 16, max: 1_048_576 }, unit: "MiB",
         reason: "32 GiB drove a 128 GB machine into 24 GB of swap and one token a second; 8 GiB did not",
     }
     /// Memory reserved for the KV cache, as a share of all memory. --cache-memory-mb goes before it.
     cache_memory_percent: Option<f64> = "cache-memory-percent" {
-        group: Group::Memory, kind: Kind::Float { min: 0.001, max: 0.9 }, unit: "share", effect: PAGED,
+        group: Group::Memory, kind: Kind::Float { min: 0.001, max: 0.9 }, unit: "share",
     }
-    /// Hard ceiling of this worker, as a share of the memory that the GPU may use. Admission honours it.
+    /// Hard ceiling of this worker, as a share of the memory that the GPU may use (all memory, on the CPU): weights, KV
+    /// cache, the largest step and kept buffers must fit under it, or the worker does not start.
     gpu_memory_utilization: f64 = "gpu-memory-utilization" {
         group: Group::Memory, kind: Kind::Float { min: 0.01, max: 1.0 }, default: Fixed::Float(0.5), unit: "share",
-        effect: LIMITS,
         reason: "the desktop, the compressor and the file cache live in the same memory",
     }
-    /// Keep the KV cache in blocks of a fixed pool.
+    /// Let requests share the blocks of the KV cache. Off: every request has blocks of its own, and there is no prefix
+    /// cache. The pool of blocks is fixed either way.
     use_paged_cache: bool = "use-paged-cache" {
-        group: Group::Memory, off: &["disable-paged-cache"], default: Fixed::Bool(true), effect: PAGED,
+        group: Group::Memory, off: &["disable-paged-cache"], default: Fixed::Bool(true),
         reason: "blocks are shared between requests, and none is ever copied to grow",
     }
-    /// Tokens in a KV block.
+    /// Tokens in a KV block, a power of two.
     paged_cache_block_size: u64 = "paged-cache-block-size" {
-        group: Group::Memory, aliases: &["block-size"], kind: Kind::Int { min: 1, max: 4096 },
-        default: Fixed::Int(64), unit: "tokens", effect: PAGED,
-        reason: "small enough to share most of a prefix, large enough for long reads",
+        group: Group::Memory, aliases: &["block-size"], kind: Kind::Int { min: 16, max: 512 },
+        default: Fixed::Int(32), unit: "tokens",
+        reason: "a power of two between what sharing wants (small: a prefix is shared by whole blocks, and the last one of a \
+                 request stands half empty) and what reading wants (long runs of memory)",
     }
     /// Most KV blocks. Unset: as many as the reservation holds.
     max_cache_blocks: Option<u64> = "max-cache-blocks" {
-        group: Group::Memory, kind: COUNT, unit: "blocks", effect: PAGED,
+        group: Group::Memory, kind: COUNT, unit: "blocks",
     }
     /// Reuse the KV of prompts that begin alike. Needs --use-paged-cache.
     enable_prefix_cache: bool = "enable-prefix-cache" {
-        group: Group::Memory, off: &["disable-prefix-cache"], default: Fixed::Bool(true), effect: PREFIX,
+        group: Group::Memory, off: &["disable-prefix-cache"], default: Fixed::Bool(true),
         reason: "the biggest gain of all in conversations of many turns",
     }
     /// JSON file with message lists that are prefilled at start.
-    warm_prompts: Option<String> = "warm-prompts" { group: Group::Memory, kind: Kind::Str, effect: PREFIX }
+    warm_prompts: Option<String> = "warm-prompts" {
+        group: Group::Memory, kind: Kind::Str,
+        effect: Effect::AcceptedOnly("it comes with the prefix cache on disk"),
+    }
     /// Most tokens of KV for one request.
     max_kv_size: Option<u64> = "max-kv-size" {
-        group: Group::Memory, kind: COUNT, unit: "tokens", effect: PAGED,
+        group: Group::Memory, kind: COUNT, unit: "tokens",
+        effect: Effect::Refused("a window that forgets the start of the conversation is not implemented; --context-length \
+                                 limits a request instead"),
         reason: "a window that forgets the start of the conversation is the last resort",
     }
     /// Keep the KV cache quantised.
     kv_cache_quantization: bool = "kv-cache-quantization" {
-        group: Group::Memory, off: &["disable-kv-cache-quantization"], default: Fixed::Bool(false), effect: KV_QUANT,
+        group: Group::Memory, off: &["disable-kv-cache-quantization"], default: Fixed::Bool(false),
+        effect: Effect::Refused(KV_QUANT),
         reason: "it costs quality and speed; a last resort for long contexts",
     }
     /// Bits of a quantised KV value.
     kv_cache_quantization_bits: String = "kv-cache-quantization-bits" {
-        group: Group::Memory, kind: Kind::Enum(&["4", "8"]), default: Fixed::Str("8"), unit: "bits", effect: KV_QUANT,
+        group: Group::Memory, kind: Kind::Enum(&["4", "8"]), default: Fixed::Str("8"), unit: "bits",
+        effect: Effect::NoMeaning(KV_QUANT),
         reason: "4 bits are visible in the replies",
     }
     /// KV values that share one scale.
     kv_cache_quantization_group_size: String = "kv-cache-quantization-group-size" {
         group: Group::Memory, kind: Kind::Enum(&["32", "64", "128"]), default: Fixed::Str("64"), unit: "values",
-        effect: KV_QUANT, reason: "it divides every head size in use",
+        effect: Effect::NoMeaning(KV_QUANT), reason: "it divides every head size in use",
     }
     /// Prompts shorter than this keep their KV unquantised.
     kv_cache_min_quantize_tokens: u64 = "kv-cache-min-quantize-tokens" {
-        group: Group::Memory, kind: COUNT0, default: Fixed::Int(256), unit: "tokens", effect: KV_QUANT,
+        group: Group::Memory, kind: COUNT0, default: Fixed::Int(256), unit: "tokens",
+        effect: Effect::NoMeaning(KV_QUANT),
         reason: "short ones have nothing to save",
     }
-    /// GPU operations in one command buffer (MLX_MAX_OPS_PER_BUFFER). Unset: MLX's choice for the chip.
+    /// GPU operations in one command buffer: MLX_MAX_OPS_PER_BUFFER in the worker's environment. Unset: what the
+    /// environment says, else MLX's choice for the chip.
     mlx_max_ops_per_buffer: Option<u64> = "mlx-max-ops-per-buffer" {
         group: Group::Memory, kind: Kind::Int { min: 1, max: 1_000_000 }, unit: "operations",
-        effect: Effect::AcceptedOnly("it comes with the batched engine"),
     }
-    /// Megabytes touched by one command buffer (MLX_MAX_MB_PER_BUFFER). Unset: MLX's choice for the chip.
+    /// Megabytes touched by one command buffer: MLX_MAX_MB_PER_BUFFER in the worker's environment. Unset: what the
+    /// environment says, else MLX's choice for the chip.
     mlx_max_mb_per_buffer: Option<u64> = "mlx-max-mb-per-buffer" {
         group: Group::Memory, kind: Kind::Int { min: 1, max: 1_000_000 }, unit: "MB",
-        effect: Effect::AcceptedOnly("it comes with the batched engine"),
     }
     /// Directory for KV that no longer fits into memory.
     ssd_cache_dir: Option<String> = "ssd-cache-dir" {

@@ -195,6 +195,67 @@ fn errors_name_flag_value_and_range() {
     assert!(says("m --max-tokens 100 --max-request-tokens 50").contains("--max-tokens 100 is larger"));
     assert!(says("m --no-use-paged-cache --enable-prefix-cache").contains("needs --use-paged-cache"));
     assert!(says("m --weights slurp").contains("one of mmap, read"));
+    assert_eq!(
+        says("m --block-size 48"),
+        "--paged-cache-block-size 48: must be a power of two"
+    );
+    assert!(says("m --paged-cache-block-size 8").contains("from 16 to 512"));
+    assert!(says("m --no-continuous-batching --max-num-seqs 2").contains("--max-num-seqs 2 needs"));
+}
+
+/// What cannot be had stops the start; asking for what happens anyway does not.
+#[test]
+fn a_knob_that_cannot_be_had_is_refused_and_not_ignored() {
+    for (flag, part) in [
+        ("--kv-cache-quantization", "not implemented"),
+        ("--max-kv-size 4096", "--context-length"),
+    ] {
+        let error = parse_args(&args(&format!("m {flag}"))).unwrap_err();
+        assert!(matches!(error, KnobError::Refused { .. }), "{error:?}");
+        assert!(
+            error.to_string().contains("is refused") && error.to_string().contains(part),
+            "{error}"
+        );
+    }
+    let parsed = parse_args(&args("m --disable-kv-cache-quantization")).unwrap();
+    assert!(parsed.warnings.is_empty(), "{:?}", parsed.warnings);
+    let parsed = parse_args(&args("m --kv-cache-quantization-bits 4")).unwrap();
+    assert!(parsed.warnings[0].contains("has no meaning here: KV-cache quantisation"));
+}
+
+#[test]
+fn without_batching_one_request_runs_at_a_time() {
+    let knobs = parse_args(&args("m --no-continuous-batching")).unwrap().knobs;
+    assert_eq!(knobs.max_num_seqs, 1);
+    let knobs = parse_args(&args("m --no-continuous-batching --max-num-seqs 1"))
+        .unwrap()
+        .knobs;
+    assert_eq!(knobs.max_num_seqs, 1);
+}
+
+/// Every knob that the engine's issue names does something; those that do nothing say so when they are set.
+#[test]
+fn the_engines_knobs_are_active() {
+    for flag in [
+        "cache-memory-mb",
+        "gpu-memory-utilization",
+        "use-paged-cache",
+        "paged-cache-block-size",
+        "enable-prefix-cache",
+        "continuous-batching",
+        "max-num-seqs",
+        "prefill-step-size",
+        "step-budget",
+        "watchdog-seconds",
+        "attention",
+        "cpu-dequantize",
+        "mlx-cache-limit-mb",
+        "mlx-max-ops-per-buffer",
+        "mlx-max-mb-per-buffer",
+        "weights",
+    ] {
+        assert_eq!(by_flag(flag).unwrap().0.effect, Effect::Active, "--{flag}");
+    }
 }
 
 #[test]

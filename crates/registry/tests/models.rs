@@ -168,7 +168,7 @@ fn a_model_needs_exactly_one_way_to_run() {
 #[test]
 fn keys_that_mean_nothing_are_named() {
     let (_, found) = load_with_warnings(
-        "model: {}\nmodels:\n  m:\n    worker: {model: a/b, gpuMemoryUtilization: 0.5, port: 1, host: x}\n    proxi: x\n    \
+        "model: {}\nmodels:\n  m:\n    worker: {model: a/b, rateLimit: 5, port: 1, host: x}\n    proxi: x\n    \
          checkEndpoint: /x\nlogRequests: true\nx-anchors: {}\n",
     );
     let found: Vec<String> = found.iter().map(ToString::to_string).collect();
@@ -176,10 +176,7 @@ fn keys_that_mean_nothing_are_named() {
         found[0],
         "/etc/swap/c.yaml:1:1: warning: model: unknown key `model`; did you mean `models`?"
     );
-    assert!(
-        found[1]
-            .starts_with("/etc/swap/c.yaml:4:26: warning: models.m.worker.gpuMemoryUtilization: is accepted")
-    );
+    assert!(found[1].starts_with("/etc/swap/c.yaml:4:26: warning: models.m.worker.rateLimit: is accepted"));
     assert!(
         found[2].contains("models.m.worker.port: swapd chooses") && found[3].contains("models.m.worker.host")
     );

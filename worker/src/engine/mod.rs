@@ -31,26 +31,95 @@ use crate::model::{LoadError, LoadProgress};
 use run::Command;
 use stats::Counters;
 
+/// Whether quantised weights become float32 while loading. Concerns the CPU build of MLX only, whose product of
+/// quantised matrices works on one number at a time.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Dequantize {
+    /// Where the float32 weights fit into the memory that the worker may use.
+    #[default]
+    Auto,
+    /// Always, on the CPU.
+    On,
+    /// Never.
+    Off,
+}
+
+/// Which attention over the paged cache.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum AttentionChoice {
+    /// The kernel, where it passes its comparison with the reference on this device and is faster; else the reference.
+    #[default]
+    Auto,
+    /// Gathered blocks and MLX's own attention.
+    Reference,
+    /// The kernel; without it the worker does not start.
+    Kernel,
+}
+
 /// What the engine needs to know.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct EngineConfig {
     /// The model's folder.
     pub model: PathBuf,
     /// Map the weights instead of reading them.
     pub mapped: bool,
+    /// See [`Dequantize`].
+    pub dequantize: Dequantize,
+    /// See [`AttentionChoice`].
+    pub attention: AttentionChoice,
     /// Prompt plus reply, in tokens; `None`: what the model's configuration says.
     pub context_length: Option<usize>,
     /// Sequences in prefill or decode at a time.
     pub max_running: usize,
     /// Requests that may wait for one of those places.
     pub max_waiting: usize,
+    /// Longest wait for a place before a request fails with [`crate::backend::EngineError::WaitedTooLong`].
+    pub max_wait: Option<Duration>,
     /// Prompt tokens computed in one step.
     pub prefill_chunk: usize,
+    /// Most work of one step: tokens computed times the context that each of them looks back on.
+    pub step_budget: u64,
+    /// A step that takes longer than this ends the process; zero waits for ever.
+    pub watchdog: Duration,
+    /// Bytes for the KV cache; `None`: the smaller of 8 GiB and 1/16 of memory.
+    pub kv_bytes: Option<u64>,
+    /// Most blocks of the KV cache, whatever its bytes would allow.
+    pub max_blocks: Option<usize>,
+    /// Tokens in a block of the KV cache, a power of two.
+    pub block_size: usize,
+    /// Share blocks between requests whose prompts begin alike.
+    pub prefix_cache: bool,
+    /// Share of the device's memory that this worker may use in all, above 0, at most 1.
+    pub memory_utilization: f64,
     /// Bytes of freed buffers that MLX may keep.
     pub buffer_cache_bytes: usize,
 }
 
 impl EngineConfig {
+    /// The knobs' defaults for a model's folder, with a small KV cache: for tests and tools.
+    #[must_use]
+    pub fn new(model: PathBuf) -> Self {
+        Self {
+            model,
+            mapped: true,
+            dequantize: Dequantize::Auto,
+            attention: AttentionChoice::Auto,
+            context_length: None,
+            max_running: 4,
+            max_waiting: 64,
+            max_wait: None,
+            prefill_chunk: 512,
+            step_budget: 1 << 24,
+            watchdog: Duration::from_secs(120),
+            kv_bytes: Some(64 << 20),
+            max_blocks: None,
+            block_size: 32,
+            prefix_cache: true,
+            memory_utilization: 0.5,
+            buffer_cache_bytes: 64 << 20,
+        }
+    }
+
     /// Requests that can run and wait at the same time.
     fn capacity(&self) -> usize {
         self.max_running.saturating_add(self.max_waiting)

@@ -5,12 +5,14 @@
 //! | `hub`     | a model argument to a directory                                            |
 //! | `startup` | a directory and knobs to a service                                         |
 //! | `control` | the control socket: lines out, commands and the end of file in             |
+//! | `environment` | variables that MLX reads at its start                                   |
 //! | `server`  | answering until something ends it                                          |
 //!
 //! Order: command line, directory, port (reserved, not listening), then weights, tokenizer and template at once; only
 //! when a real prefill and decode have run does the socket listen and the port get announced.
 
 mod control;
+pub mod environment;
 mod hub;
 mod server;
 mod startup;
@@ -33,7 +35,7 @@ pub use hub::{HubPlaces, resolve_model};
 pub use server::{Ending, Signals, serve};
 
 use crate::backend::{Backend, EngineState};
-use crate::engine::{Engine, EngineConfig, StartError};
+use crate::engine::{Engine, StartError};
 use crate::http::Service;
 
 /// A worker could not serve, or not any more. Why has been told, on standard error and to the proxy.
@@ -113,15 +115,7 @@ async fn start_and_serve(
         let (args, folder, supervised) = (args.clone(), folder.clone(), control.is_some());
         move || startup::Text::load(&args, &folder, supervised)
     });
-    let config = EngineConfig {
-        model: folder,
-        mapped: knobs.weights == "mmap",
-        context_length: knobs.context_length.map(size).transpose()?,
-        max_running: size(knobs.max_num_seqs)?,
-        max_waiting: size(knobs.max_waiting)?,
-        prefill_chunk: size(knobs.prefill_step_size)?,
-        buffer_cache_bytes: size(knobs.mlx_cache_limit_mb)?.saturating_mul(1 << 20),
-    };
+    let config = startup::engine(knobs, folder)?;
     *started = Started::Loading(tokio::spawn(Engine::start(config, progress(control.as_deref()))));
     // Both are under way; what is wrong with the text shows first.
     let loaded = async {
@@ -216,8 +210,4 @@ fn progress(control: Option<&Control>) -> impl FnMut(crate::model::LoadProgress)
 /// A line for the person at the terminal, whatever the log level.
 fn say(line: &str) {
     let _ = writeln!(std::io::stderr().lock(), "mlxworker: {line}");
-}
-
-fn size(number: u64) -> Result<usize> {
-    usize::try_from(number).with_context(|| format!("{number} is too large for this machine"))
 }

@@ -1,6 +1,6 @@
 //! A model's directory and the knobs to what the HTTP layer needs.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use chat_format::{ChatTemplate, TemplateError, ToolFormat};
 use knobs::{Knobs, ParsedArgs, fallback};
 
 use crate::backend::{Backend, SamplingParams};
+use crate::engine::{AttentionChoice, Dequantize, EngineConfig};
 use crate::http::{ChatFormat, HttpConfig, ServiceParts};
 use crate::text::{GenerationDefaults, TextTokenizer};
 
@@ -72,6 +73,59 @@ impl Text {
             backend,
         })
     }
+}
+
+/// What the knobs say to the engine.
+///
+/// # Errors
+/// A number that this machine cannot count to; a share of a memory whose size the system does not tell.
+pub(super) fn engine(knobs: &Knobs, model: PathBuf) -> Result<EngineConfig> {
+    let kv_bytes = match (knobs.cache_memory_mb, knobs.cache_memory_percent) {
+        (Some(mebibytes), _) => Some(mebibytes.saturating_mul(MEBIBYTE)),
+        (None, Some(share)) => {
+            let memory = hostmem::host().context("--cache-memory-percent: the size of memory")?;
+            #[allow(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                clippy::cast_precision_loss
+            )]
+            Some((memory.total_bytes as f64 * share) as u64)
+        }
+        (None, None) => None,
+    };
+    Ok(EngineConfig {
+        model,
+        mapped: knobs.weights == "mmap",
+        dequantize: match knobs.cpu_dequantize.as_str() {
+            "on" => Dequantize::On,
+            "off" => Dequantize::Off,
+            _ => Dequantize::Auto,
+        },
+        attention: match knobs.attention.as_str() {
+            "reference" => AttentionChoice::Reference,
+            "kernel" => AttentionChoice::Kernel,
+            _ => AttentionChoice::Auto,
+        },
+        context_length: knobs.context_length.map(size).transpose()?,
+        max_running: size(knobs.max_num_seqs)?,
+        max_waiting: size(knobs.max_waiting)?,
+        max_wait: Some(Duration::from_secs_f64(knobs.max_wait_seconds)),
+        prefill_chunk: size(knobs.prefill_step_size)?,
+        step_budget: knobs.step_budget,
+        watchdog: Duration::from_secs_f64(knobs.watchdog_seconds),
+        kv_bytes,
+        max_blocks: knobs.max_cache_blocks.map(size).transpose()?,
+        block_size: size(knobs.paged_cache_block_size)?,
+        prefix_cache: knobs.enable_prefix_cache,
+        memory_utilization: knobs.gpu_memory_utilization,
+        buffer_cache_bytes: size(knobs.mlx_cache_limit_mb.saturating_mul(MEBIBYTE))?,
+    })
+}
+
+const MEBIBYTE: u64 = 1 << 20;
+
+fn size(number: u64) -> Result<usize> {
+    usize::try_from(number).with_context(|| format!("{number} is too large for this machine"))
 }
 
 /// A path's last part; a hub id as it is.
@@ -179,6 +233,44 @@ mod tests {
             sampling(&Knobs::default(), &GenerationDefaults::default()).temperature,
             0.7
         );
+    }
+
+    #[test]
+    fn the_engine_hears_of_every_knob_of_its_own() {
+        let line = "m --weights read --cpu-dequantize off --attention reference --context-length 1000 --max-num-seqs 3 \
+                    --max-waiting 5 --max-wait-seconds 7 --chunked-prefill-tokens 128 --step-budget 100000 \
+                    --watchdog-seconds 9 --cache-memory-mb 100 --max-cache-blocks 11 --block-size 64 \
+                    --disable-prefix-cache --gpu-memory-utilization 0.25 --mlx-cache-limit-mb 3";
+        let engine = |line: &str| {
+            let args: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+            engine(&knobs::parse_args(&args).unwrap().knobs, PathBuf::from("folder")).unwrap()
+        };
+        let seconds = Duration::from_secs;
+        let expected = EngineConfig {
+            model: PathBuf::from("folder"),
+            mapped: false,
+            dequantize: Dequantize::Off,
+            attention: AttentionChoice::Reference,
+            context_length: Some(1000),
+            max_running: 3,
+            max_waiting: 5,
+            max_wait: Some(seconds(7)),
+            prefill_chunk: 128,
+            step_budget: 100_000,
+            watchdog: seconds(9),
+            kv_bytes: Some(100 << 20),
+            max_blocks: Some(11),
+            block_size: 64,
+            prefix_cache: false,
+            memory_utilization: 0.25,
+            buffer_cache_bytes: 3 << 20,
+        };
+        assert_eq!(engine(line), expected);
+        assert_eq!(engine("m --no-continuous-batching").max_running, 1);
+        assert!(!engine("m --disable-paged-cache").prefix_cache);
+        let half = engine("m --cache-memory-percent 0.5").kv_bytes.unwrap();
+        let total = hostmem::host().unwrap().total_bytes;
+        assert!(half.abs_diff(total / 2) <= 1, "{half} of {total}");
     }
 
     #[test]
