@@ -263,7 +263,7 @@ impl<S: Clone> KvCache<S> {
 
     /// Evicts until so many blocks are free, or nothing is left to evict. What is promised is free from the start
     /// rather than evicted block by block: so much the likelier are the blocks of a sequence neighbours.
-    fn evict_for(&mut self, blocks: usize) {
+    pub(crate) fn evict_for(&mut self, blocks: usize) {
         while self.pool.free() < blocks
             && let Some(node) = self.tree.least_recently_used()
         {
@@ -415,8 +415,8 @@ impl<S: Clone> KvCache<S> {
 
     /// Says that the step which writes the next positions has been issued, and which tokens they hold. Blocks that are
     /// full now are everyone's: they join the prefix tree and are never written again. Where the tree already has such
-    /// a block, the sequence takes that one and gives its own back; gives how often that happened, and if it did, the
-    /// sequence's [`table`](KvCache::table) has changed.
+    /// a block, one of the two is given back: that of the sequence if a running one uses the other. Gives how often it
+    /// was; then the sequence's [`table`](KvCache::table) has changed.
     ///
     /// # Errors
     /// More tokens than open positions; an unknown sequence.
@@ -449,10 +449,18 @@ impl<S: Clone> KvCache<S> {
             let node = match self.tree.child(parent, content) {
                 Some(node) => {
                     if let Some(block) = self.tree.block(node) {
-                        self.pool.retain(block);
-                        self.pool.release(*slot);
-                        *slot = block;
-                        replaced += 1;
+                        // Nobody reads the tree's: then the sequence stays where it is, in one run if it was.
+                        if self.pool.refs(block) == 1 {
+                            self.tree.set_block(node, *slot);
+                            self.pool.retain(*slot);
+                            self.pool.release(block);
+                        } else {
+                            self.pool.retain(block);
+                            self.pool.release(*slot);
+                            *slot = block;
+                            replaced += 1;
+                        }
+                        self.counters.deduplicated_blocks += 1;
                     }
                     node
                 }
@@ -474,7 +482,6 @@ impl<S: Clone> KvCache<S> {
             let start = (sequence.path.len() - 1) * block_size;
             sequence.hand_snapshots(start, block_size, node, tick, &mut self.snapshots);
         }
-        self.counters.deduplicated_blocks += replaced as u64;
         Ok(replaced)
     }
 

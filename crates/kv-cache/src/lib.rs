@@ -72,11 +72,13 @@
 //! To tell a person why a prompt was not reused, ask [`KvCache::divergence`] before admitting it.
 //!
 //! Layout: `types` names, effects, errors; `config` sizes; `pool` free list and holders; `tree` the prefix tree;
-//! `lookup` matches and divergence; `placement` which block is next; `snapshots` states at positions; `sequence` block tables, fork, end; `cache`
+//! `lookup` matches and divergence; `placement` which block is next; `compact` moving
+//! blocks together; `snapshots` states at positions; `sequence` block tables, fork, end; `cache`
 //! admission, growth, recording, preemption; `usage` numbers; `audit` the invariants.
 
 mod audit;
 mod cache;
+mod compact;
 mod config;
 mod lookup;
 mod placement;
@@ -88,6 +90,7 @@ mod types;
 mod usage;
 
 pub use cache::KvCache;
+pub use compact::copy_runs;
 pub use config::{CacheConfig, ConfigError, KvShape, Reuse};
 pub use lookup::Divergence;
 pub use placement::runs;

@@ -95,6 +95,19 @@ impl PrefixTree {
         self.node(id).map(|node| node.block)
     }
 
+    /// Every node and its block.
+    pub(crate) fn blocks(&self) -> impl Iterator<Item = (NodeId, BlockId)> + '_ {
+        let nodes = self.nodes.iter().enumerate();
+        nodes.filter_map(|(id, node)| Some((id, node.as_ref()?.block)))
+    }
+
+    /// Says that the node's tokens lie in another block now.
+    pub(crate) fn set_block(&mut self, id: NodeId, block: BlockId) {
+        if let Some(node) = self.node_mut(id) {
+            node.block = block;
+        }
+    }
+
     pub(crate) fn key(&self, id: NodeId) -> &[Token] {
         self.node(id).map_or(&[], |node| &node.key)
     }

@@ -42,6 +42,8 @@ pub struct Counters {
     pub evicted_blocks: u64,
     /// Blocks copied: partly shared ones at admission, and copies on write.
     pub copied_blocks: u64,
+    /// Blocks moved, so that sequences are one run.
+    pub moved_blocks: u64,
     /// Blocks that two sequences had computed at once, one of which was given back.
     pub deduplicated_blocks: u64,
     /// Sequences preempted.

@@ -151,3 +151,103 @@ fn what_is_evicted_together_is_used_together() {
     }
     assert!(cache.counters().evicted_blocks > 500);
 }
+
+/// After a day of requests of all sizes every gap has another size. Runs them four at a time; gives how many of them
+/// were one run at their end, and how many blocks were moved for that.
+fn long_day(requests: u64, most_moved: usize) -> (u64, u64) {
+    let mut seed = 1u64;
+    let mut random = |below: u64| {
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        (seed >> 33) % below
+    };
+    let mut cache = cache(1000, 64, true);
+    let mut running: Vec<(u64, usize)> = Vec::new();
+    let mut in_one_run = 0;
+    for id in 0..requests {
+        let prompt = own(id, 20 + random(300) as usize);
+        let reply = 1 + random(120) as usize;
+        admit(&mut cache, id, &prompt, reply);
+        let moved = cache.compact(SeqId(id), most_moved).unwrap();
+        assert!(moved.len() <= most_moved);
+        grow(&mut cache, id, &prompt);
+        running.push((id, reply));
+        while running.len() == 4 {
+            for (id, left) in &mut running {
+                cache.stay_compact(SeqId(*id), most_moved).unwrap();
+                grow(&mut cache, *id, &[3]);
+                *left -= 1;
+            }
+            running.retain(|&(id, left)| {
+                if left == 0 {
+                    in_one_run += u64::from(count(&cache, id) == 1);
+                    cache.free(SeqId(id)).unwrap();
+                }
+                left > 0
+            });
+        }
+    }
+    cache.audit().unwrap();
+    assert!(cache.counters().evicted_blocks > 20 * requests);
+    (in_one_run, cache.counters().moved_blocks)
+}
+
+#[test]
+fn moving_cached_blocks_keeps_sequences_in_one_run_in_a_full_pool() {
+    let requests = 200;
+    let (without, none) = long_day(requests, 0);
+    let (with, moved) = long_day(requests, 1000);
+    assert!((without, none) < (requests / 2, 1), "{without} even so");
+    assert!(with >= requests - 6, "{with} of {requests}");
+    // A request takes some 55 blocks; to copy as many as it writes would be worth it too.
+    assert!(moved < 40 * requests, "{moved} blocks moved");
+}
+
+/// The next turn of a conversation that was scattered, and then of one that someone else sits behind.
+#[test]
+fn a_cached_conversation_is_put_together_when_it_goes_on() {
+    let mut cache = cache(40, 8, true);
+    // Two conversations whose blocks alternate: each turn begins right behind the other's last.
+    let mut histories = [own(0, 4), own(1, 4)];
+    for turn in 0..6 {
+        for (user, history) in histories.iter_mut().enumerate() {
+            let id = turn * 2 + user as u64;
+            let cached = admit(&mut cache, id, history, 8);
+            let before = cache.chains();
+            cache.compact(SeqId(id), 40).unwrap();
+            cache.audit().unwrap();
+            assert_eq!(cache.chains(), before, "nothing is lost");
+            assert!(count(&cache, id) <= 1);
+            grow(&mut cache, id, &history[cached..]);
+            for token in 0..8 {
+                assert_eq!(cache.stay_compact(SeqId(id), 0), Ok(vec![]), "there was room");
+                grow(&mut cache, id, &[token]);
+                history.push(token);
+            }
+            assert_eq!(count(&cache, id), 1, "{:?}", cache.table(SeqId(id)));
+            cache.free(SeqId(id)).unwrap();
+        }
+    }
+}
+
+#[test]
+fn what_a_running_sequence_uses_is_not_moved() {
+    let mut cache = cache(12, 0, true);
+    // 0 and 1 share a prompt of two blocks; 1 goes on elsewhere, as 0 sits behind it.
+    let prompt = own(0, 9);
+    for id in 0..2 {
+        let cached = admit(&mut cache, id, &prompt, 3);
+        grow(&mut cache, id, &prompt[cached..]);
+    }
+    let tables = [0, 1].map(|id| cache.table(SeqId(id)).unwrap().to_vec());
+    assert_eq!(tables[0][..2], tables[1][..2]);
+    assert_eq!([0, 1].map(|id| count(&cache, id)), [1, 2]);
+    for id in 0..2 {
+        assert_eq!(cache.compact(SeqId(id), 12), Ok(vec![]));
+        assert_eq!(cache.table(SeqId(id)).unwrap(), tables[id as usize]);
+    }
+    // Alone it can be put together, wherever that is.
+    cache.free(SeqId(0)).unwrap();
+    assert!(!cache.compact(SeqId(1), 12).unwrap().is_empty());
+    assert_eq!(count(&cache, 1), 1);
+    cache.audit().unwrap();
+}

@@ -63,6 +63,7 @@ struct Engine {
     jobs: Vec<Job>,
     chunk: usize,
     max_running: usize,
+    most_moved: usize,
     running: BTreeMap<SeqId, Sequence>,
     waiting: Vec<Sequence>,
     names: u64,
@@ -148,6 +149,9 @@ impl Engine {
             for &copy in &admitted.copies {
                 self.memory.copy(copy);
             }
+            for copy in self.cache.compact(id, self.most_moved).unwrap() {
+                self.memory.copy(copy);
+            }
             if self.cache.config().reuse == Reuse::Snapshots {
                 let state = admitted.snapshot.unwrap_or_default();
                 assert_eq!(state, sequence.tokens[..admitted.cached_tokens]);
@@ -202,6 +206,11 @@ impl Engine {
         let Some(sequence) = self.running.get_mut(&id) else {
             return false;
         };
+        if !prefill {
+            let moved = self.cache.stay_compact(id, self.most_moved).unwrap();
+            assert!(moved.len() <= self.most_moved);
+            moved.into_iter().for_each(|copy| self.memory.copy(copy));
+        }
         let extension = self.cache.extend(id, count).unwrap();
         for &copy in &extension.copies {
             self.memory.copy(copy);
@@ -347,6 +356,7 @@ struct Setup {
     config: CacheConfig,
     chunk: usize,
     max_running: usize,
+    most_moved: usize,
 }
 
 fn setup() -> impl Strategy<Value = Setup> {
@@ -358,32 +368,41 @@ fn setup() -> impl Strategy<Value = Setup> {
         1usize..3,
         prop::num::u8::ANY,
     );
-    (prop::collection::vec(job(), 1..12), sizes, 1usize..9, 1usize..6).prop_map(
-        |(
-            jobs,
-            (total_blocks, block_size, generation_share, snapshots, min_tail, rare),
-            chunk,
-            max_running,
-        )| Setup {
-            jobs,
-            config: CacheConfig {
-                total_blocks,
-                block_size,
-                bytes_per_token: 10,
-                generation_share,
-                prefix_cache: rare > 20,
-                min_tail,
-                reuse: if snapshots {
-                    Reuse::Snapshots
-                } else {
-                    Reuse::Positions
-                },
-                snapshot_bytes: u64::from(rare),
-            },
-            chunk,
-            max_running,
-        },
+    (
+        prop::collection::vec(job(), 1..12),
+        sizes,
+        1usize..9,
+        1usize..6,
+        0usize..12,
     )
+        .prop_map(
+            |(
+                jobs,
+                (total_blocks, block_size, generation_share, snapshots, min_tail, rare),
+                chunk,
+                max_running,
+                most_moved,
+            )| Setup {
+                jobs,
+                config: CacheConfig {
+                    total_blocks,
+                    block_size,
+                    bytes_per_token: 10,
+                    generation_share,
+                    prefix_cache: rare > 20,
+                    min_tail,
+                    reuse: if snapshots {
+                        Reuse::Snapshots
+                    } else {
+                        Reuse::Positions
+                    },
+                    snapshot_bytes: u64::from(rare),
+                },
+                chunk,
+                max_running,
+                most_moved,
+            },
+        )
 }
 
 /// Runs everything to its end; gives how many sequences were preempted.
@@ -393,6 +412,7 @@ fn run(setup: Setup) -> usize {
         config,
         chunk,
         max_running,
+        most_moved,
     } = setup;
     let cache = KvCache::new(config.clone()).unwrap();
     jobs.retain(|job| {
@@ -409,6 +429,7 @@ fn run(setup: Setup) -> usize {
         },
         chunk,
         max_running,
+        most_moved,
         running: BTreeMap::new(),
         waiting: Vec::new(),
         names: 0,
@@ -472,6 +493,7 @@ fn a_small_pool_preempts_and_everyone_still_finishes() {
         config,
         chunk: 4,
         max_running: 4,
+        most_moved: 4,
     });
     assert!(preempted >= 2, "{preempted}");
 }

@@ -45,7 +45,7 @@
 //!
 //! # What an engine must do with a plan
 //!
-//! Issue `copies` in their order, then the prefills in theirs; the decodes may go before, between or after the
+//! Issue `copies` in their order ([`kv_cache::copy_runs`] joins those of neighbours), then the prefills in theirs; the decodes may go before, between or after the
 //! prefills. All of it on one stream, and all of it before the next plan is asked for: a block may have changed hands
 //! in the plan. The block tables ([`Scheduler::table`]) are those of the sequences as the whole plan leaves them; read
 //! them after [`Scheduler::plan`] and before anything else is called.
@@ -61,6 +61,8 @@
 //! - **Step budget**: one prefill command covers at most [`Config::step_budget`] tokens × context, or one token.
 //! - **Preemption**: when the pool is dry, the last to have arrived goes back to the queue, at its old place. It keeps
 //!   its tokens, and is prefilled again from what is still cached.
+//! - **Neighbours**: wherever there is room for that, the blocks of a sequence follow one another
+//!   ([`kv_cache::runs`]); for that cached blocks are copied out of the way, at most 1 GiB at once.
 //! - **The end**: after `max_new_tokens` draws, or at the context length, a sequence is not planned again; the engine
 //!   ends it by [`Scheduler::finish`] when it has read the last draw.
 //!
