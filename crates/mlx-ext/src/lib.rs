@@ -5,16 +5,19 @@
 //! - [`mapped`]: arrays over memory-mapped files, so that weights stay file-backed pages;
 //! - [`slab`]: memory that is written in place, step after step;
 //! - [`ops`]: operations missing from mlx-rs, or present there only for types known at compile time;
+//! - `device`: what memory the device has;
 //! - `error`: how a failure inside mlx-c becomes an [`mlx_rs::error::Exception`].
 //!
 //! All functions build lazy graphs on the calling thread's default stream, as mlx-rs' own do. MLX is not safe to be
 //! driven from several threads at once: one thread, the engine's, owns all arrays.
 
+mod device;
 mod error;
 pub mod mapped;
 pub mod ops;
 pub mod slab;
 
+pub use device::{DeviceMemory, device_memory};
 pub use mapped::{MappedFile, MappedTensor};
 pub use mlx_rs::error::{Exception, Result};
 pub use slab::Slab;

@@ -5,11 +5,15 @@
 //! | `run`      | the thread's loop: take requests, prefill, decode         |
 //! | `sequence` | one request on its way                                    |
 //! | `sampler`  | how one request's tokens are chosen                       |
+//! | `memory`   | how memory is divided: arithmetic                         |
+//! | `device`   | what memory there is, and MLX's limits                    |
 //! | `stats`    | counters                                                  |
 //!
 //! Sequences are stepped one after the other. Decoding several in one forward pass, a paged cache and a prefix cache
 //! replace `run` and the cache, behind the same handle.
 
+pub mod device;
+pub mod memory;
 mod run;
 mod sampler;
 mod sequence;
