@@ -12,8 +12,8 @@ import harness  # noqa: E402
 
 
 def pytest_configure(config):
-    if not (harness.SWAPD and harness.MLXWORKER):
-        raise pytest.UsageError("SWAPD and MLXWORKER name the programs to test; tests/run sets them")
+    if not (harness.SWAPD and harness.MLXWORKER and harness.MLX_BENCH):
+        raise pytest.UsageError("SWAPD, MLXWORKER and MLX_BENCH name the programs to test; tests/run sets them")
     # Ended from outside, the tests still end what they have started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 

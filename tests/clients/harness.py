@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO = Path(os.environ.get("DEMO_MODEL", ROOT / "models/demo/model"))
 SWAPD = os.environ.get("SWAPD", "")
 MLXWORKER = os.environ.get("MLXWORKER", "")
+MLX_BENCH = os.environ.get("MLX_BENCH", "")
 
 # Set in every process that a test starts and so in its children: what still has it afterwards was left behind.
 MARK = "BLACK_BOX_TEST"

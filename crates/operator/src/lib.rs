@@ -1,0 +1,7 @@
+//! The commands that a person types. So far one: `mlx-bench`.
+//!
+//! | module  | idea                                                        |
+//! |---------|-------------------------------------------------------------|
+//! | `bench` | `mlx-bench`: a load generator for any OpenAI endpoint       |
+
+pub mod bench;
