@@ -192,7 +192,7 @@ pub struct MemoryPlan {
 /// The parts do not fit under the ceiling. The message has the whole arithmetic.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DoesNotFit {
-    plan: MemoryPlan,
+    plan: Box<MemoryPlan>,
     kind: Misfit,
 }
 
@@ -253,13 +253,13 @@ impl MemoryPlan {
         };
         if kv_blocks == 0 {
             return Err(DoesNotFit {
-                plan,
+                plan: Box::new(plan),
                 kind: Misfit::NoBlock,
             });
         }
         let Some(rest) = plan.ceiling_bytes.checked_sub(plan.sum()) else {
             return Err(DoesNotFit {
-                plan,
+                plan: Box::new(plan),
                 kind: Misfit::Sum,
             });
         };
