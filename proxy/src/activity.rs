@@ -2,16 +2,15 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use indexmap::IndexMap;
 use lifecycle::ModelId;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
-use tokio::sync::{Notify, broadcast};
+use tokio::sync::broadcast;
 
-use crate::house::Wire;
+use crate::house::{Ordered, Wire};
 use crate::usage::{Meter, Usage};
 
 /// Changes that a slow reader of the feed may lag behind.
@@ -148,9 +147,8 @@ pub struct Running {
     pub client: String,
     /// When it arrived.
     pub begun: Instant,
-    cancelled: AtomicBool,
-    cancel: Notify,
-    wire: Mutex<Option<Arc<Wire>>>,
+    /// Where it is told to end.
+    pub wire: Arc<Wire>,
 }
 
 impl Running {
@@ -168,31 +166,10 @@ impl Running {
         })
     }
 
-    /// Whether somebody has ordered its end.
+    /// Whether somebody has cancelled it.
     #[must_use]
     pub fn is_cancelled(&self) -> bool {
-        self.cancelled.load(Ordering::Relaxed)
-    }
-
-    /// Returns when somebody orders its end.
-    pub async fn cancelled(&self) {
-        self.cancel.notified().await;
-    }
-
-    /// Says which connection to close should somebody order its end.
-    pub fn attach(&self, wire: Arc<Wire>) {
-        if self.is_cancelled() {
-            wire.abort();
-        }
-        *self.wire.lock() = Some(wire);
-    }
-
-    fn order_end(&self) {
-        self.cancelled.store(true, Ordering::Relaxed);
-        self.cancel.notify_one();
-        if let Some(wire) = &*self.wire.lock() {
-            wire.abort();
-        }
+        self.wire.ordered() == Some(Ordered::Cancelled)
     }
 }
 
@@ -263,9 +240,7 @@ impl Activity {
             path,
             client,
             begun: Instant::now(),
-            cancelled: AtomicBool::new(false),
-            cancel: Notify::new(),
-            wire: Mutex::new(None),
+            wire: Arc::default(),
         });
         inner.running.insert(running.id, running.clone());
         drop(inner);
@@ -293,7 +268,7 @@ impl Activity {
     #[must_use]
     pub fn cancel(&self, id: u64) -> bool {
         let running = self.inner.lock().running.get(&id).cloned();
-        running.as_ref().map(|r| r.order_end()).is_some()
+        running.map(|r| r.wire.cancel()).is_some()
     }
 
     /// All running requests, oldest first.

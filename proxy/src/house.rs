@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use lifecycle::{
@@ -14,12 +15,11 @@ use lifecycle::{
 };
 use parking_lot::Mutex;
 use tokio::sync::{Notify, broadcast, oneshot};
-use tokio::task::AbortHandle;
 
 use crate::catalog::Catalog;
 use crate::logs::Logs;
 use crate::process::{self, Order, Process, Report};
-use crate::upstream::SharedPool;
+use crate::upstream::{Closer, SharedPool};
 
 /// State changes that a slow reader of the feed may lag behind.
 const FEED: usize = 256;
@@ -73,17 +73,14 @@ struct Inner {
 
 #[derive(Debug)]
 enum Slot {
-    Waiting(ModelId, oneshot::Sender<Result<Option<Granted>, Rejection>>),
+    Waiting(ModelId, Arc<Wire>, oneshot::Sender<Answer>),
     Running(Arc<Wire>),
 }
 
-#[derive(Debug)]
-struct Granted {
-    process: Arc<Process>,
-    wire: Arc<Wire>,
-}
+/// To a request: its process; to an explicit load: none.
+type Answer = Result<Option<Arc<Process>>, Rejection>;
 
-/// The connection that a request in flight hangs on, so that it can be cut.
+/// Where a request in flight is told to end.
 #[derive(Debug, Default)]
 pub struct Wire {
     inner: Mutex<WireState>,
@@ -91,39 +88,77 @@ pub struct Wire {
 
 #[derive(Debug, Default)]
 struct WireState {
-    task: Option<AbortHandle>,
-    cut: Option<CutReason>,
+    ordered: Option<Ordered>,
+    /// Whoever serves the request.
+    waker: Option<Waker>,
+    /// Its connection, which is closed even while nobody serves it (a client that does not read).
+    closer: Option<Closer>,
+}
+
+/// Why a request in flight has to end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ordered {
+    /// Somebody has cancelled it.
+    Cancelled,
+    /// Its model has to go.
+    Cut(CutReason),
 }
 
 impl Wire {
-    /// Says which task to abort for a cut. Aborts at once if the cut came first.
-    pub fn attach(&self, task: AbortHandle) {
+    fn order(&self, why: Ordered) {
         let mut inner = self.inner.lock();
-        if inner.cut.is_some() {
-            task.abort();
+        inner.ordered.get_or_insert(why);
+        let (waker, closer) = (inner.waker.take(), inner.closer.take());
+        drop(inner);
+        if let Some(closer) = closer {
+            closer.close();
         }
-        inner.task = Some(task);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
     }
 
-    fn cut(&self, reason: CutReason) {
+    /// Says which connection to close. Closes it at once if the order came first.
+    pub fn attach(&self, closer: Closer) {
         let mut inner = self.inner.lock();
-        inner.cut = Some(reason);
-        if let Some(task) = &inner.task {
-            task.abort();
+        if inner.ordered.is_some() {
+            closer.close();
+        } else {
+            inner.closer = Some(closer);
         }
     }
 
-    /// Closes the connection, if there is one.
-    pub fn abort(&self) {
-        if let Some(task) = &self.inner.lock().task {
-            task.abort();
-        }
+    /// The connection serves somebody else from now on.
+    pub fn detach(&self) {
+        self.inner.lock().closer = None;
     }
 
-    /// Why the request was cut, if it was.
+    /// Ends the request.
+    pub fn cancel(&self) {
+        self.order(Ordered::Cancelled);
+    }
+
+    /// Why it has to end, if it has to.
     #[must_use]
-    pub fn why_cut(&self) -> Option<CutReason> {
-        self.inner.lock().cut
+    pub fn ordered(&self) -> Option<Ordered> {
+        self.inner.lock().ordered
+    }
+
+    /// Ready when it has to end.
+    pub fn poll_ordered(&self, cx: &Context<'_>) -> Poll<Ordered> {
+        let mut inner = self.inner.lock();
+        if let Some(why) = inner.ordered {
+            return Poll::Ready(why);
+        }
+        if !inner.waker.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
+            inner.waker = Some(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    /// Returns when it has to end.
+    pub async fn until_ordered(&self) -> Ordered {
+        std::future::poll_fn(|cx| self.poll_ordered(cx)).await
     }
 }
 
@@ -134,8 +169,6 @@ pub struct Lease {
     id: RequestId,
     /// The process.
     pub process: Arc<Process>,
-    /// For cutting.
-    pub wire: Arc<Wire>,
 }
 
 impl Lease {
@@ -213,25 +246,25 @@ impl House {
         self.states.subscribe()
     }
 
-    /// Waits for the right to send one request to a model. Dropping the future gives the place up.
+    /// Waits for the right to send one request to a model. Dropping the future gives the place up; `wire` is told
+    /// should the request be cut later.
     ///
     /// # Errors
     /// The reason for which the request is refused.
-    pub async fn lease(self: &Arc<Self>, model: &ModelId) -> Result<Lease, Rejection> {
+    pub async fn lease(self: &Arc<Self>, model: &ModelId, wire: &Arc<Wire>) -> Result<Lease, Rejection> {
         let id = RequestId(self.fresh());
-        let granted = match self.ask(id, model, Kind::Serve) {
+        let granted = match self.ask(id, model, Kind::Serve, wire) {
             Ok(answer) => answer?,
             Err(receiver) => self.wait(id, receiver).await?,
         };
         // `None` answers a load, which this is not.
-        let Some(Granted { process, wire }) = granted else {
+        let Some(process) = granted else {
             return Err(Rejection::UnknownModel);
         };
         Ok(Lease {
             house: self.clone(),
             id,
             process,
-            wire,
         })
     }
 
@@ -241,17 +274,13 @@ impl House {
     /// The reason for which it is not.
     pub async fn load(self: &Arc<Self>, model: &ModelId) -> Result<(), Rejection> {
         let id = RequestId(self.fresh());
-        match self.ask(id, model, Kind::Load) {
+        match self.ask(id, model, Kind::Load, &Arc::default()) {
             Ok(answer) => answer.map(drop),
             Err(receiver) => self.wait(id, receiver).await.map(drop),
         }
     }
 
-    async fn wait(
-        self: &Arc<Self>,
-        id: RequestId,
-        receiver: oneshot::Receiver<Result<Option<Granted>, Rejection>>,
-    ) -> Result<Option<Granted>, Rejection> {
+    async fn wait(self: &Arc<Self>, id: RequestId, receiver: oneshot::Receiver<Answer>) -> Answer {
         let mut waiting = Waiting {
             house: self,
             id,
@@ -264,18 +293,19 @@ impl House {
     }
 
     /// The answer, if there is one at once; else where it will come.
-    #[allow(clippy::type_complexity)]
     fn ask(
         self: &Arc<Self>,
         id: RequestId,
         model: &ModelId,
         kind: Kind,
-    ) -> Result<Result<Option<Granted>, Rejection>, oneshot::Receiver<Result<Option<Granted>, Rejection>>>
-    {
+        wire: &Arc<Wire>,
+    ) -> Result<Answer, oneshot::Receiver<Answer>> {
         let now = self.now();
         let mut inner = self.inner.lock();
         let (sender, mut receiver) = oneshot::channel();
-        inner.slots.insert(id, Slot::Waiting(model.clone(), sender));
+        inner
+            .slots
+            .insert(id, Slot::Waiting(model.clone(), wire.clone(), sender));
         self.step(
             &mut inner,
             now,
@@ -441,25 +471,29 @@ impl House {
                 let Some(process) = inner.processes.get(&instance).cloned() else {
                     return;
                 };
-                let wire = Arc::new(Wire::default());
-                if let Some(Slot::Waiting(_, sender)) = inner.slots.insert(id, Slot::Running(wire.clone())) {
-                    // A client that has just left gives its place back itself.
-                    let _ = sender.send(Ok(Some(Granted { process, wire })));
+                if let Some(slot) = inner.slots.get_mut(&id)
+                    && let Slot::Waiting(_, wire, _) = slot
+                {
+                    let running = Slot::Running(wire.clone());
+                    if let Slot::Waiting(_, _, sender) = std::mem::replace(slot, running) {
+                        // A client that has just left gives its place back itself.
+                        let _ = sender.send(Ok(Some(process)));
+                    }
                 }
             }
             Effect::Loaded(id) => {
-                if let Some(Slot::Waiting(_, sender)) = inner.slots.remove(&id) {
+                if let Some(Slot::Waiting(_, _, sender)) = inner.slots.remove(&id) {
                     let _ = sender.send(Ok(None));
                 }
             }
             Effect::Reject(id, reason) => {
-                if let Some(Slot::Waiting(model, sender)) = inner.slots.remove(&id) {
+                if let Some(Slot::Waiting(model, _, sender)) = inner.slots.remove(&id) {
                     let _ = sender.send(Err(self.with_log_tail(&model, reason)));
                 }
             }
             Effect::Cut(id, reason) => {
                 if let Some(Slot::Running(wire)) = inner.slots.remove(&id) {
-                    wire.cut(reason);
+                    wire.order(Ordered::Cut(reason));
                 }
             }
             Effect::Start(model, instance) => self.start(inner, &model, instance),

@@ -1,6 +1,10 @@
 //! Token counts from a reply on its way through: only its first and last bytes are kept.
 
-use serde_json::Value;
+use std::sync::LazyLock;
+
+use memchr::memmem::Finder;
+
+use crate::jsonscan::{Malformed, members};
 
 /// Bytes kept of the beginning (Anthropic's `message_start` has the prompt's tokens) and of the end.
 const HEAD: usize = 2 * 1024;
@@ -60,51 +64,75 @@ impl Meter {
     /// What the reply said.
     #[must_use]
     pub fn usage(&self) -> Usage {
-        let mut usage = Usage::default();
-        // Whole when the reply is short; the seam is at most one object that is not found.
-        for part in [&self.head, &[self.head.as_slice(), &self.tail].concat()] {
-            for object in objects(part, b"\"usage\"") {
-                usage.take(&object);
-            }
+        if self.tail.is_empty() {
+            return Usage::of(&self.head);
         }
-        usage
+        // The seam is at most one object that is not found.
+        Usage::of(&[self.head.as_slice(), &self.tail].concat())
     }
 }
 
 impl Usage {
-    fn take(&mut self, object: &Value) {
-        let number = |paths: &[&str]| paths.iter().find_map(|p| object.pointer(p)?.as_u64());
-        let cached_anthropic = number(&["/cache_read_input_tokens"]);
-        let mut prompt = number(&["/prompt_tokens", "/input_tokens"]);
-        if let (Some(n), Some(cached)) = (prompt, cached_anthropic) {
-            // Anthropic counts what was read from the cache apart.
-            prompt = Some(n + cached);
+    /// What the objects called `usage` say, later ones first.
+    fn of(text: &[u8]) -> Self {
+        static KEY: LazyLock<Finder<'static>> = LazyLock::new(|| Finder::new(b"\"usage\""));
+        let mut usage = Self::default();
+        for at in KEY.find_iter(text) {
+            let rest = text.get(at + KEY.needle().len()..).unwrap_or_default();
+            let object = rest.trim_ascii_start().strip_prefix(b":");
+            let mut counts = Counts::default();
+            if object.is_some_and(|o| counts.read(o.trim_ascii_start(), true).is_ok()) {
+                usage.take(&counts);
+            }
         }
-        let completion = number(&["/completion_tokens", "/output_tokens"]);
-        let cached = number(&[
-            "/prompt_tokens_details/cached_tokens",
-            "/input_tokens_details/cached_tokens",
-        ]);
+        usage
+    }
+
+    fn take(&mut self, counts: &Counts) {
+        // Anthropic counts what was read from the cache apart.
+        let prompt = match (counts.prompt, counts.cached_apart) {
+            (Some(n), Some(cached)) => n.checked_add(cached),
+            (n, _) => n,
+        };
         self.prompt = prompt.or(self.prompt);
-        self.completion = completion.or(self.completion);
-        self.cached = cached.or(cached_anthropic).or(self.cached);
+        self.completion = counts.completion.or(self.completion);
+        self.cached = counts.cached.or(counts.cached_apart).or(self.cached);
     }
 }
 
-/// The objects that follow `key` and a colon, in order.
-fn objects(text: &[u8], key: &[u8]) -> Vec<Value> {
-    let mut found = Vec::new();
-    for at in memchr::memmem::find_iter(text, key) {
-        let rest = text.get(at + key.len()..).unwrap_or_default().trim_ascii_start();
-        let Some(rest) = rest.strip_prefix(b":") else {
-            continue;
-        };
-        let mut values = serde_json::Deserializer::from_slice(rest).into_iter::<Value>();
-        if let Some(Ok(value @ Value::Object(_))) = values.next() {
-            found.push(value);
+/// The numbers of one object called `usage`.
+#[derive(Default)]
+struct Counts {
+    prompt: Option<u64>,
+    completion: Option<u64>,
+    cached: Option<u64>,
+    cached_apart: Option<u64>,
+}
+
+impl Counts {
+    /// Reads the object at the beginning of `text`; of its details only what was cached.
+    fn read(&mut self, text: &[u8], outer: bool) -> Result<(), Malformed> {
+        for member in members(text) {
+            let member = member?;
+            let value = text.get(member.value).unwrap_or_default();
+            let number = || std::str::from_utf8(value).ok()?.parse().ok();
+            let slot = match text.get(member.key).unwrap_or_default() {
+                b"\"prompt_tokens\"" | b"\"input_tokens\"" if outer => &mut self.prompt,
+                b"\"completion_tokens\"" | b"\"output_tokens\"" if outer => &mut self.completion,
+                b"\"cache_read_input_tokens\"" if outer => &mut self.cached_apart,
+                b"\"cached_tokens\"" if !outer => &mut self.cached,
+                b"\"prompt_tokens_details\"" | b"\"input_tokens_details\""
+                    if outer && value.first() == Some(&b'{') =>
+                {
+                    self.read(value, false)?;
+                    continue;
+                }
+                _ => continue,
+            };
+            *slot = number().or(*slot);
         }
+        Ok(())
     }
-    found
 }
 
 #[cfg(test)]
@@ -142,6 +170,25 @@ mod tests {
             cached: Some(20),
         };
         assert_eq!(usage(&[start, &middle, end]), expected);
+    }
+
+    #[test]
+    fn what_is_no_count_is_left_out() {
+        let odd = r#"{"usage":{"prompt_tokens":1.5,"completion_tokens":"9","prompt_tokens_details":null,"input_tokens":4}}"#;
+        let expected = Usage {
+            prompt: Some(4),
+            ..Usage::default()
+        };
+        assert_eq!(usage(&[odd]), expected);
+        for none in [
+            r#""usage": 5"#,
+            r#"{"usage":{"prompt_tokens":3"#,
+            r#"{"usage":{"prompt_tokens":3,"x"}}"#,
+            r#"{"usage":[{"prompt_tokens":3}]}"#,
+            r#"{"usage":{"other":{"prompt_tokens":3}}}"#,
+        ] {
+            assert_eq!(usage(&[none]), Usage::default(), "{none}");
+        }
     }
 
     #[test]

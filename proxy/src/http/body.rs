@@ -15,8 +15,8 @@ use tokio::time::Sleep;
 
 use super::pending::{COMMENT, Pending, SILENCE};
 use crate::activity::Trace;
-use crate::house::Lease;
-use crate::upstream::Conn;
+use crate::house::{Lease, Ordered};
+use crate::upstream;
 
 /// How long the death of a process may take to be seen after its connection was closed.
 const DEATH: Duration = Duration::from_millis(50);
@@ -127,7 +127,7 @@ impl HttpBody for Body {
         match self {
             Self::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Self::Upstream(body) => match &body.state {
-                Flow::Open(incoming, _) => incoming.size_hint(),
+                Flow::Open(incoming) => incoming.size_hint(),
                 Flow::Done => SizeHint::with_exact(0),
                 Flow::Closing(_) | Flow::Flushing | Flow::Broken => SizeHint::default(),
             },
@@ -136,8 +136,8 @@ impl HttpBody for Body {
     }
 }
 
-/// A model's reply on its way through. Holds the lease and the connection until the end; dropped before it, the
-/// connection is closed, so that the model's server stops working for nobody.
+/// A model's reply on its way through. Holds the lease until the end; dropped before it, the connection is closed, so
+/// that the model's server stops working for nobody.
 #[derive(Debug)]
 pub struct UpstreamBody {
     state: Flow,
@@ -148,8 +148,6 @@ pub struct UpstreamBody {
     /// Fires after a long silence in a stream of events; `None` until the first wait.
     silence: Option<Pin<Box<Sleep>>>,
     last_piece: Instant,
-    /// The reply has neither length nor chunks: the end of the connection is its end, whether meant or not.
-    ends_on_close: bool,
     /// The last bytes ended an event.
     between_events: bool,
 }
@@ -165,7 +163,7 @@ impl std::fmt::Debug for Verdict {
 
 #[derive(Debug)]
 enum Flow {
-    Open(Incoming, Conn),
+    Open(upstream::Incoming),
     /// The connection has been closed where that is the end of the reply, unless the process has died (`true`).
     Closing(Verdict),
     /// An error event has been handed out and must be on its way before the connection is cut.
@@ -175,28 +173,19 @@ enum Flow {
 }
 
 impl UpstreamBody {
-    /// Passes `incoming` through. `events`: it is a stream of server-sent events; `ends_on_close`: it has neither
-    /// length nor chunks.
+    /// Passes `incoming` through. `events`: it is a stream of server-sent events.
     #[must_use]
-    pub fn new(
-        incoming: Incoming,
-        conn: Conn,
-        lease: Lease,
-        trace: Trace,
-        events: bool,
-        ends_on_close: bool,
-    ) -> Self {
+    pub fn new(incoming: upstream::Incoming, lease: Lease, trace: Trace, events: bool) -> Self {
         let mut body = Self {
-            state: Flow::Open(incoming, conn),
+            state: Flow::Open(incoming),
             lease: Some(lease),
             trace,
             events,
             silence: None,
             last_piece: Instant::now(),
-            ends_on_close,
             between_events: true,
         };
-        if matches!(&body.state, Flow::Open(incoming, _) if incoming.is_end_stream()) {
+        if matches!(&body.state, Flow::Open(incoming) if incoming.is_end_stream()) {
             body.finish();
         }
         body
@@ -205,12 +194,17 @@ impl UpstreamBody {
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
         if let Flow::Closing(verdict) = &mut self.state {
             if ready!(verdict.0.as_mut().poll(cx)) {
-                return Poll::Ready(Some(self.break_off(&"closed by a process that died")));
+                return self.break_off(cx, &"closed by a process that died");
             }
             self.finish();
             return Poll::Ready(None);
         }
-        let Flow::Open(incoming, _) = &mut self.state else {
+        if let Flow::Open(_) = &self.state
+            && self.trace.running.wire.poll_ordered(cx).is_ready()
+        {
+            return self.break_off(cx, &"ended by order");
+        }
+        let Flow::Open(incoming) = &mut self.state else {
             return match self.state {
                 Flow::Flushing => {
                     self.state = Flow::Broken;
@@ -221,7 +215,7 @@ impl UpstreamBody {
                 Flow::Open(..) | Flow::Closing(_) | Flow::Done => Poll::Ready(None),
             };
         };
-        let next = match Pin::new(incoming).poll_frame(cx) {
+        let next = match Pin::new(&mut *incoming).poll_frame(cx) {
             Poll::Ready(next) => next,
             Poll::Pending => return self.keep_alive(cx),
         };
@@ -233,17 +227,13 @@ impl UpstreamBody {
                     self.between_events = data.ends_with(b"\n\n") || data.ends_with(b"\r\n\r\n");
                 }
                 // A body of known length is not asked for more after its last byte.
-                if matches!(&self.state, Flow::Open(incoming, _) if incoming.is_end_stream()) {
+                if matches!(&self.state, Flow::Open(incoming) if incoming.is_end_stream()) {
                     self.finish();
                 }
                 Poll::Ready(Some(Ok(frame)))
             }
             None => {
-                let ordered = self.lease.as_ref().is_some_and(|l| l.wire.why_cut().is_some());
-                if ordered || self.trace.running.is_cancelled() {
-                    return Poll::Ready(Some(self.break_off(&"ended by order")));
-                }
-                if self.ends_on_close
+                if incoming.ends_on_close()
                     && !self.trace.saw_end()
                     && let Some(lease) = &self.lease
                 {
@@ -254,7 +244,7 @@ impl UpstreamBody {
                 self.finish();
                 Poll::Ready(None)
             }
-            Some(Err(error)) => Poll::Ready(Some(self.break_off(&error))),
+            Some(Err(error)) => self.break_off(cx, &error),
         }
     }
 
@@ -282,45 +272,47 @@ impl UpstreamBody {
         }
     }
 
-    /// The reply is complete: the connection may serve again.
+    /// The reply is complete.
     fn finish(&mut self) {
         self.trace.complete();
-        if let Flow::Open(_, conn) = std::mem::replace(&mut self.state, Flow::Done)
-            && let Some(lease) = self.lease.take()
-            && let Some((pool, _)) = lease.upstream()
-        {
-            pool.give_back(conn);
-        }
+        self.state = Flow::Done;
+        self.trace.running.wire.detach();
+        self.lease = None;
     }
 
-    fn break_off(&mut self, error: &dyn std::fmt::Display) -> Result<Frame<Bytes>, Broken> {
-        let lease = self.lease.take();
-        let cut = lease.as_ref().and_then(|l| l.wire.why_cut());
+    /// Ends the reply with an error, once what was handed out before is on its way.
+    fn break_off(
+        &mut self,
+        cx: &Context<'_>,
+        error: &dyn std::fmt::Display,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        self.lease = None;
         let model = &self.trace.running.model;
-        let (code, message) = match cut {
-            _ if self.trace.running.is_cancelled() => ("cancelled", "the request was cancelled".to_owned()),
+        let (code, message) = match self.trace.running.wire.ordered() {
+            Some(Ordered::Cancelled) => ("cancelled", "the request was cancelled".to_owned()),
             None => (
                 "upstream_died",
                 format!("the server of model '{model}' died in the middle of its reply"),
             ),
-            Some(CutReason::Unloaded) => (
+            Some(Ordered::Cut(CutReason::Unloaded)) => (
                 "unloaded",
                 format!("model '{model}' was unloaded and the grace is over"),
             ),
-            Some(CutReason::ShuttingDown) => ("shutting_down", "the proxy is shutting down".to_owned()),
+            Some(Ordered::Cut(CutReason::ShuttingDown)) => {
+                ("shutting_down", "the proxy is shutting down".to_owned())
+            }
         };
         tracing::warn!(%model, code, %error, "reply broken off");
         self.trace.failed(502, &message);
         if !self.events {
             self.state = Flow::Broken;
-            return Err(Broken);
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
         }
         self.state = Flow::Flushing;
         let error = ApiError::internal(message).with_code(code);
         let gap = if self.between_events { "" } else { "\n\n" };
-        Ok(Frame::data(Bytes::from(format!(
-            "{gap}data: {}\n\n",
-            error.to_json()
-        ))))
+        let event = format!("{gap}data: {}\n\n", error.to_json());
+        Poll::Ready(Some(Ok(Frame::data(event.into()))))
     }
 }

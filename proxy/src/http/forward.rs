@@ -10,7 +10,6 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Request, Response, Uri};
-use http_body_util::Full;
 use hyper::body::Incoming;
 use lifecycle::{ModelId, State};
 
@@ -23,10 +22,10 @@ use super::pending::{self, SILENCE, Shown, Work};
 use super::{routes, websocket};
 use crate::activity::Trace;
 use crate::catalog::Catalog;
-use crate::house::Lease;
+use crate::house::{Lease, Ordered};
 use crate::rewrite::Rewrite;
 use crate::select::{self, Choice, Nowhere};
-use crate::upstream::{self, Conn};
+use crate::upstream;
 
 /// Headers that belong to one connection (RFC 9110, section 7.6.1), and those that hyper sets itself.
 const HOP_BY_HOP: [HeaderName; 8] = [
@@ -283,7 +282,7 @@ async fn serve(
         asked,
         client.ip().to_string(),
     );
-    let mut request = Request::new(Full::new(body));
+    let mut request = Request::new(body);
     *request.method_mut() = parts.method;
     *request.headers_mut() = parts.headers;
     tidy_request(request.headers_mut(), client);
@@ -307,18 +306,21 @@ async fn serve(
 async fn work(
     app: Arc<App>,
     model: ModelId,
-    request: Request<Full<Bytes>>,
+    request: Request<Bytes>,
     path: PathAndQuery,
     mut trace: Trace,
 ) -> Result<Response<Body>, ApiError> {
     let running = trace.running.clone();
     let result = tokio::select! {
         biased;
+        why = running.wire.until_ordered() => Err(match why {
+            Ordered::Cancelled => error::cancelled(),
+            Ordered::Cut(reason) => error::cut(&model, reason),
+        }),
         result = exchange(&app, &model, request, &path, &mut trace) => result,
-        () = running.cancelled() => Err(error::cancelled()),
     };
     match result {
-        Ok((response, conn, lease)) => Ok(pass_back(response, conn, lease, trace)),
+        Ok((response, lease)) => Ok(pass_back(response, lease, trace)),
         Err(error) => {
             trace.failed(error.status, &error.message);
             Err(error)
@@ -333,15 +335,15 @@ async fn work(
 async fn exchange(
     app: &Arc<App>,
     model: &ModelId,
-    mut request: Request<Full<Bytes>>,
+    mut request: Request<Bytes>,
     path: &PathAndQuery,
     trace: &mut Trace,
-) -> Result<(Response<Incoming>, Conn, Lease), ApiError> {
+) -> Result<(Response<upstream::Incoming>, Lease), ApiError> {
     let mut tried = false;
     loop {
         let lease = app
             .house
-            .lease(model)
+            .lease(model, &trace.running.wire)
             .await
             .map_err(|r| error::rejected(model, &r))?;
         let Some((pool, prefix)) = lease.upstream() else {
@@ -350,19 +352,12 @@ async fn exchange(
             )));
         };
         *request.uri_mut() = prefixed(prefix, path)?;
-        let (pool, wire) = (pool.clone(), lease.wire.clone());
         trace.forwarded();
-        trace.running.attach(wire.clone());
-        let error = match pool.send(&request, &|task| wire.attach(task)).await {
-            Ok((response, conn)) => return Ok((response, conn, lease)),
+        let wire = &trace.running.wire;
+        let error = match pool.send(&request, &|closer| wire.attach(closer)).await {
+            Ok(response) => return Ok((response, lease)),
             Err(error) => error,
         };
-        if trace.running.is_cancelled() {
-            return Err(error::cancelled());
-        }
-        if let Some(reason) = wire.why_cut() {
-            return Err(error::cut(model, reason));
-        }
         // What the process says about its own end is worth a moment's wait.
         let gone = lease.process.ended(DYING).await;
         if !tried && gone && matches!(error, upstream::Error::Connect(_)) {
@@ -383,10 +378,8 @@ pub(super) fn prefixed(prefix: &str, path: &PathAndQuery) -> Result<Uri, ApiErro
         .map_err(|_| ApiError::bad_request(format!("the path {whole} is malformed")))
 }
 
-fn pass_back(response: Response<Incoming>, conn: Conn, lease: Lease, mut trace: Trace) -> Response<Body> {
+fn pass_back(response: Response<upstream::Incoming>, lease: Lease, mut trace: Trace) -> Response<Body> {
     let (mut parts, incoming) = response.into_parts();
-    let bounded = parts.headers.contains_key(header::CONTENT_LENGTH)
-        || parts.headers.contains_key(header::TRANSFER_ENCODING);
     drop_hop_by_hop(&mut parts.headers);
     let kind = parts
         .headers
@@ -404,13 +397,9 @@ fn pass_back(response: Response<Incoming>, conn: Conn, lease: Lease, mut trace: 
             .headers
             .insert(ACCEL_BUFFERING, HeaderValue::from_static("no"));
     }
-    parts.extensions.clear();
-    parts.version = http::Version::HTTP_11;
     Response::from_parts(
         parts,
-        Body::Upstream(Box::new(UpstreamBody::new(
-            incoming, conn, lease, trace, events, !bounded,
-        ))),
+        Body::Upstream(Box::new(UpstreamBody::new(incoming, lease, trace, events))),
     )
 }
 

@@ -8,16 +8,16 @@ use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, Request, Response, StatusCode};
-use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use lifecycle::{ModelId, State};
+use tokio::io::AsyncWriteExt;
 
 use super::App;
 use super::body::Body;
 use super::error;
 use super::forward::{prefixed, tidy_request};
-use crate::house::Lease;
+use crate::house::{Lease, Wire};
 use crate::process::Process;
 
 /// Whether the client asks for another protocol on its connection.
@@ -51,6 +51,7 @@ pub(super) async fn forward(
         .catalog()
         .model(model)
         .is_some_and(|m| m.ignore_websockets);
+    let wire = Arc::new(Wire::default());
     let hold = if loose {
         let ready = app
             .house
@@ -62,7 +63,7 @@ pub(super) async fn forward(
     } else {
         Hold::Lease(
             app.house
-                .lease(model)
+                .lease(model, &wire)
                 .await
                 .map_err(|r| error::rejected(model, &r))?,
         )
@@ -77,7 +78,7 @@ pub(super) async fn forward(
         )));
     };
     let protocol = request.headers().get(header::UPGRADE).cloned();
-    let mut onward = Request::new(Full::<Bytes>::default());
+    let mut onward = Request::new(Bytes::new());
     *onward.method_mut() = request.method().clone();
     *onward.uri_mut() = prefixed(&prefix, path)?;
     *onward.headers_mut() = request.headers().clone();
@@ -89,8 +90,7 @@ pub(super) async fn forward(
         onward.headers_mut().insert(header::UPGRADE, protocol);
     }
     let sent = pool.send(&onward, &|_| ()).await;
-    let (mut response, conn) =
-        sent.map_err(|e| error::no_reply(model, &e, &app.house.logs.tail(model, 20)))?;
+    let response = sent.map_err(|e| error::no_reply(model, &e, &app.house.logs.tail(model, 20)))?;
     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
         let status = response.status();
         let message = format!("the server of model '{model}' did not upgrade the connection: {status}");
@@ -100,26 +100,26 @@ pub(super) async fn forward(
         }
         .with_code("upgrade_refused"));
     }
-    let upstream = hyper::upgrade::on(&mut response);
     let downstream = hyper::upgrade::on(&mut request);
-    let (mut parts, _) = response.into_parts();
-    parts.extensions.clear();
-    let wire = match &hold {
-        Hold::Lease(lease) => Some(lease.wire.clone()),
-        Hold::Loose(_) => None,
+    let (parts, body) = response.into_parts();
+    let Some((mut upstream, early)) = body.into_upgraded() else {
+        return Err(ApiError::internal("the upgraded connection is gone"));
     };
-    let copying = tokio::spawn(async move {
-        // Held until the end: the lease, and the connection until its stream has been handed over.
+    tokio::spawn(async move {
+        // Held until the end.
         let _hold = hold;
-        let upstream = upstream.await;
-        drop(conn);
-        if let (Ok(upstream), Ok(downstream)) = (upstream, downstream.await) {
-            let (mut upstream, mut downstream) = (TokioIo::new(upstream), TokioIo::new(downstream));
-            let _ = tokio::io::copy_bidirectional(&mut upstream, &mut downstream).await;
+        let copying = async {
+            if let Ok(downstream) = downstream.await {
+                let mut downstream = TokioIo::new(downstream);
+                if downstream.write_all(&early).await.is_ok() {
+                    let _ = tokio::io::copy_bidirectional(&mut upstream, &mut downstream).await;
+                }
+            }
+        };
+        tokio::select! {
+            () = copying => {}
+            _ = wire.until_ordered() => {}
         }
     });
-    if let Some(wire) = wire {
-        wire.attach(copying.abort_handle());
-    }
     Ok(Response::from_parts(parts, Body::empty()))
 }

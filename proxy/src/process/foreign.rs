@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::Request;
-use http_body_util::Full;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -83,7 +82,7 @@ pub(super) async fn run(
     let mut lines = BufReader::new(read).lines();
     let mut listening = true;
     let mut ended = None;
-    let pool = Arc::new(Pool::new(&host, port, definition.limits));
+    let pool = Pool::new(&host, port, definition.limits);
     let mut health = std::pin::pin!(until_healthy(launch, &host, port, &prefix));
     let mut ready = false;
     let mut kill_supervisor = std::pin::pin!(tokio::time::sleep(Duration::MAX));
@@ -199,10 +198,10 @@ async fn until_healthy(launch: &registry::CommandLaunch, host: &str, port: u16, 
         // A new connection each time: nothing of a half-started server is kept.
         let pool = Pool::new(host, port, limits);
         let request = Request::get(&path).header(http::header::HOST, format!("{host}:{port}"));
-        let Ok(request) = request.body(Full::<Bytes>::default()) else {
+        let Ok(request) = request.body(Bytes::new()) else {
             return std::future::pending().await;
         };
-        if let Ok((response, _)) = pool.send(&request, &|_| ()).await
+        if let Ok(response) = pool.send(&request, &|_| ()).await
             && response.status() == http::StatusCode::OK
         {
             return;

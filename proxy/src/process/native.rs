@@ -136,7 +136,7 @@ fn heard(
         Ok(WorkerEvent::Ready { port, limits, .. }) => {
             let _ = process.announced.set(limits);
             report(Report::Ready(
-                Arc::new(Pool::new("127.0.0.1", port, definition.limits)),
+                Pool::new("127.0.0.1", port, definition.limits),
                 String::new(),
             ));
         }

@@ -1,7 +1,12 @@
 //! Pooled connections to one model server.
 //!
-//! One connection carries one request at a time. It goes back to the pool only when its reply has been read to the
-//! end; dropped at any other moment it is closed at once, so that the server notices that nobody listens any more.
+//! One connection carries one request at a time. It goes back to the pool by itself when its reply has been read to
+//! the end; dropped at any other moment it is closed at once, so that the server notices that nobody listens any more.
+//!
+//! Layout: `codec` heads and chunks of HTTP/1.1; `conn` one connection and the reply that comes over it.
+
+mod codec;
+mod conn;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -9,20 +14,14 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{Request, Response};
-use http_body_util::Full;
-use hyper::body::Incoming;
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper_util::rt::TokioIo;
 use parking_lot::Mutex;
 use tokio::net::TcpStream;
-use tokio::task::AbortHandle;
+
+pub use self::conn::{Closer, Incoming, Link};
+use self::conn::{Conn, Outgoing};
 
 /// Most unused connections kept.
 const MAX_IDLE: usize = 256;
-
-/// How long a used connection may take to be ready for the next request. One whose server answered without reading
-/// the whole request never is.
-const READY: Duration = Duration::from_millis(50);
 
 /// Limits of the connection; `None` is no limit.
 #[derive(Clone, Copy, Debug)]
@@ -41,7 +40,7 @@ pub enum Error {
     /// No connection.
     Connect(std::io::Error),
     /// The connection broke before the head of a reply.
-    Broken(hyper::Error),
+    Broken(std::io::Error),
     /// No head of a reply within this time.
     Timeout(Duration),
 }
@@ -50,10 +49,7 @@ impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Connect(e) => write!(f, "cannot connect: {e}"),
-            Self::Broken(e) => {
-                write!(f, "connection broken before a reply: {e}")?;
-                std::error::Error::source(e).map_or(Ok(()), |cause| write!(f, " ({cause})"))
-            }
+            Self::Broken(e) => write!(f, "connection broken before a reply: {e}"),
             Self::Timeout(t) => write!(f, "no reply within {} s", t.as_secs_f64()),
         }
     }
@@ -64,6 +60,8 @@ impl std::fmt::Display for Error {
 pub struct Pool {
     host: String,
     port: u16,
+    /// For requests that name no host.
+    authority: String,
     limits: Limits,
     idle: Mutex<VecDeque<Idle>>,
 }
@@ -74,45 +72,33 @@ struct Idle {
     since: Instant,
 }
 
-/// One connection; closed when dropped.
-#[derive(Debug)]
-pub struct Conn {
-    sender: SendRequest<Full<Bytes>>,
-    task: AbortHandle,
-}
-
-impl Drop for Conn {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
 impl Pool {
     /// An empty pool.
     #[must_use]
-    pub fn new(host: &str, port: u16, limits: Limits) -> Self {
-        Self {
+    pub fn new(host: &str, port: u16, limits: Limits) -> Arc<Self> {
+        Arc::new(Self {
             host: host.to_owned(),
             port,
+            authority: format!("{host}:{port}"),
             limits,
             idle: Mutex::default(),
-        }
+        })
     }
 
-    /// Sends a request and returns the head of the reply with the connection that its body comes over.
+    /// Sends a request and returns the reply, whose body is still to come.
     ///
-    /// A request that could not be written to a used connection goes out over a new one: the server had just closed the
-    /// idle connection. What has been written may have been acted upon, and is never sent twice.
+    /// A request of which nothing could be written to a used connection goes out over a new one: the server had just
+    /// closed the idle connection. What has been written may have been acted upon, and is never sent twice.
     ///
-    /// `on_conn` is told the task whose abort closes the connection, before anything is sent.
+    /// `on_conn` is told how to close the connection, before anything is sent.
     ///
     /// # Errors
     /// No connection, or none that lasts until the head of a reply.
     pub async fn send(
-        &self,
-        request: &Request<Full<Bytes>>,
-        on_conn: &(dyn Fn(AbortHandle) + Sync),
-    ) -> Result<(Response<Incoming>, Conn), Error> {
+        self: &Arc<Self>,
+        request: &Request<Bytes>,
+        on_conn: &(dyn Fn(Closer) + Sync),
+    ) -> Result<Response<Incoming>, Error> {
         let Some(limit) = self.limits.response_header else {
             return self.send_unlimited(request, on_conn).await;
         };
@@ -125,42 +111,41 @@ impl Pool {
     /// Host and port as a base address.
     #[must_use]
     pub fn address(&self) -> String {
-        format!("http://{}:{}", self.host, self.port)
+        format!("http://{}", self.authority)
     }
 
     async fn send_unlimited(
-        &self,
-        request: &Request<Full<Bytes>>,
-        on_conn: &(dyn Fn(AbortHandle) + Sync),
-    ) -> Result<(Response<Incoming>, Conn), Error> {
-        while let Some(mut conn) = self.take_idle() {
-            on_conn(conn.task.clone());
-            if !matches!(tokio::time::timeout(READY, conn.sender.ready()).await, Ok(Ok(()))) {
-                continue;
-            }
-            // The body is shared, not copied.
-            match conn.sender.send_request(request.clone()).await {
-                Ok(response) => return Ok((response, conn)),
-                // Not sent at all: the server had closed the idle connection.
-                Err(e) if e.is_canceled() => break,
-                Err(e) => return Err(Error::Broken(e)),
+        self: &Arc<Self>,
+        request: &Request<Bytes>,
+        on_conn: &(dyn Fn(Closer) + Sync),
+    ) -> Result<Response<Incoming>, Error> {
+        let mut out = Outgoing::new(request, &self.authority);
+        let method = request.method();
+        let mut used = self.take_idle();
+        loop {
+            let was_used = used.is_some();
+            let mut conn = match used.take() {
+                Some(conn) => conn,
+                None => self.connect().await?,
+            };
+            on_conn(conn.closer());
+            let head = std::future::poll_fn(|cx| conn.poll_exchange(cx, &mut out, method)).await;
+            match head {
+                Ok(head) => {
+                    let body = Incoming::new(self.clone(), conn, head.framing, head.keep_alive, out);
+                    return Ok(head.response.map(|()| body));
+                }
+                Err(_) if was_used && out.is_untouched() => {}
+                Err(error) => return Err(Error::Broken(error)),
             }
         }
-        let mut conn = self.connect().await?;
-        on_conn(conn.task.clone());
-        let response = conn
-            .sender
-            .send_request(request.clone())
-            .await
-            .map_err(Error::Broken)?;
-        Ok((response, conn))
     }
 
     fn take_idle(&self) -> Option<Conn> {
         let mut idle = self.idle.lock();
-        while let Some(Idle { conn, since }) = idle.pop_back() {
+        while let Some(Idle { mut conn, since }) = idle.pop_back() {
             let stale = self.limits.idle.is_some_and(|limit| since.elapsed() > limit);
-            if !stale && !conn.sender.is_closed() {
+            if !stale && conn.is_quiet() {
                 return Some(conn);
             }
         }
@@ -168,10 +153,7 @@ impl Pool {
     }
 
     /// Takes back a connection whose reply has been read to the end.
-    pub fn give_back(&self, conn: Conn) {
-        if conn.sender.is_closed() {
-            return;
-        }
+    fn give_back(&self, conn: Conn) {
         let mut idle = self.idle.lock();
         let limit = self.limits.idle;
         while idle.len() >= MAX_IDLE
@@ -197,14 +179,7 @@ impl Pool {
         };
         let stream = stream.map_err(Error::Connect)?;
         stream.set_nodelay(true).map_err(Error::Connect)?;
-        let (sender, connection) = http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(Error::Broken)?;
-        let task = tokio::spawn(connection.with_upgrades());
-        Ok(Conn {
-            sender,
-            task: task.abort_handle(),
-        })
+        Ok(Conn::new(Box::new(stream)))
     }
 }
 
