@@ -11,7 +11,8 @@
 //!
 //! Body: `{"stream":true,"events":n,"gap_ms":t,"die_after":k}` streams n events, dies after k; `{"delay_ms":t}` answers
 //! late; `{"die":true}` dies before any reply; `{"echo":true}` (or a header `X-Echo`) answers with what it received; `{"bytes":n}` answers
-//! n bytes. A client that goes away in the middle is noted in the journal.
+//! n bytes; `{"stream":true,"say":[...]}` streams these objects and the end mark; `{"note":true}` puts the body into the
+//! journal; `{"status":n,"error":...}` is answered with this error. `/v1/embeddings` answers with two numbers for each text. A client that goes away in the middle is noted in the journal.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -256,6 +257,9 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Stream>, Infallib
     }
     let ask: Value = serde_json::from_slice(&body).unwrap_or(Value::Null);
     let number = |key: &str| ask[key].as_u64();
+    if ask["note"] == true {
+        journal(&format!("body {} {}", parts.uri, String::from_utf8_lossy(&body)));
+    }
     let mut watch = Watch { complete: false };
     if ask["die"] == true {
         die();
@@ -263,6 +267,25 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Stream>, Infallib
     if let Some(ms) = number("delay_ms") {
         journal("late");
         tokio::time::sleep(Duration::from_millis(ms)).await;
+    }
+    if let (Some(status), Some(error)) = (number("status"), ask.get("error")) {
+        watch.complete = true;
+        let mut response = Response::new(Stream::text(json!({ "error": error }).to_string()));
+        *response.status_mut() = http::StatusCode::from_u16(u16::try_from(status).unwrap()).unwrap();
+        return Ok(response);
+    }
+    if ask["stream"] == true && ask["say"].is_array() {
+        watch.complete = true;
+        let events = ask["say"].as_array().unwrap();
+        let mut text: String = events.iter().map(|e| format!("data: {e}\n\n")).collect();
+        if ask["cut"] != true {
+            text.push_str("data: [DONE]\n\n");
+        }
+        let mut response = Response::new(Stream::text(text));
+        response
+            .headers_mut()
+            .insert("content-type", "text/event-stream".parse().unwrap());
+        return Ok(response);
     }
     if ask["stream"] == true {
         let stream = Stream {
@@ -287,7 +310,13 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Stream>, Infallib
             "x".repeat(usize::try_from(n).unwrap()),
         )));
     }
-    let reply = if ask["echo"] == true || parts.headers.contains_key("x-echo") {
+    let reply = if parts.uri.path() == "/v1/embeddings" && ask["echo"] != true {
+        let texts = ask["input"].as_array().map_or(1, Vec::len);
+        let rows: Vec<Value> = (0..texts)
+            .map(|i| json!({"index": i, "embedding": [0.5, i]}))
+            .collect();
+        json!({"object": "list", "data": rows, "usage": {"prompt_tokens": texts, "total_tokens": texts}})
+    } else if ask["echo"] == true || parts.headers.contains_key("x-echo") {
         let headers: Vec<Value> = parts
             .headers
             .iter()

@@ -1,7 +1,7 @@
 //! What goes on and what went on: requests in flight, the last finished ones, counters per model.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use indexmap::IndexMap;
@@ -249,6 +249,7 @@ impl Activity {
             activity: self.clone(),
             running,
             forwarded: None,
+            told: None,
             first_byte: None,
             status: None,
             content_type: String::new(),
@@ -301,6 +302,10 @@ impl Activity {
     }
 }
 
+/// When a request was first sent to its model's server. As an extension of a request it is filled in on the way.
+#[derive(Clone, Debug, Default)]
+pub struct ForwardedAt(pub Arc<OnceLock<Instant>>);
+
 /// One request from arrival to end; its end is its drop.
 #[derive(Debug)]
 pub struct Trace {
@@ -308,6 +313,7 @@ pub struct Trace {
     /// As others see it.
     pub running: Arc<Running>,
     forwarded: Option<Instant>,
+    told: Option<ForwardedAt>,
     first_byte: Option<Instant>,
     status: Option<u16>,
     content_type: String,
@@ -319,7 +325,16 @@ pub struct Trace {
 impl Trace {
     /// It is being sent to the model's server.
     pub fn forwarded(&mut self) {
-        self.forwarded = Some(Instant::now());
+        let now = Instant::now();
+        self.forwarded = Some(now);
+        if let Some(told) = &self.told {
+            let _ = told.0.set(now);
+        }
+    }
+
+    /// Somebody wants to know when it was first forwarded.
+    pub fn tell_forwarded(&mut self, told: Option<ForwardedAt>) {
+        self.told = told;
     }
 
     /// The reply's head is there.
@@ -412,7 +427,7 @@ impl Drop for Trace {
     }
 }
 
-fn unix_ms() -> u64 {
+pub(crate) fn unix_ms() -> u64 {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
 }

@@ -47,6 +47,7 @@ Options (one dash or two):
   --listen ADDR       address, default 127.0.0.1:11434; ':PORT' means 127.0.0.1:PORT
   --tls-cert-file FILE, --tls-key-file FILE
                       serve TLS (PEM; certificate chain and key); for 'reload': the certificate that swapd shows
+  --ollama-listen A   a second port for clients of Ollama, loopback only; comes before the registry's ollama.listen
   --watch-config      take up changes of the registry without a restart
   --lenient           check: unknown keys are no failure
 ";
@@ -90,6 +91,8 @@ pub struct ServeOptions {
     pub tls_cert: Option<PathBuf>,
     /// PEM file of its key.
     pub tls_key: Option<PathBuf>,
+    /// Address of the port that is Ollama's alone.
+    pub ollama: Option<SocketAddr>,
 }
 
 /// Reads the arguments after the program's name.
@@ -116,6 +119,7 @@ pub fn parse(args: &[String]) -> Result<Command, String> {
         watch: false,
         tls_cert: None,
         tls_key: None,
+        ollama: None,
     };
     let mut lenient = false;
     while let Some(arg) = args.next() {
@@ -139,6 +143,11 @@ pub fn parse(args: &[String]) -> Result<Command, String> {
             "listen" if serves || reload => options.listen = value()?,
             "tls-cert-file" if serves || reload => options.tls_cert = Some(value()?.into()),
             "tls-key-file" if serves => options.tls_key = Some(value()?.into()),
+            "ollama-listen" if serves => {
+                let written = value()?;
+                let address = registry::parse_loopback(&written);
+                options.ollama = Some(address.map_err(|why| format!("--{name} {written}: {why}"))?);
+            }
             "watch-config" if serves => options.watch = boolean(name, inline)?,
             // The answer comes when the file is in force or refused: there is nothing more to wait for.
             "wait" if reload => drop(boolean(name, inline)?),
@@ -286,6 +295,13 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::bind(address).await;
         let listener = listener.map_err(|e| format!("cannot listen on {address}: {e}"))?;
+        let ollama = match options.ollama.or(registry.globals.ollama_listen) {
+            None => None,
+            Some(own) => {
+                let bound = tokio::net::TcpListener::bind(own).await;
+                Some(bound.map_err(|e| format!("cannot listen on {own} for clients of Ollama: {e}"))?)
+            }
+        };
         let preload = registry.globals.preload.clone();
         let rows = registry.globals.metrics_max_in_memory;
         let house = House::new(Arc::new(Catalog::new(registry)), logs);
@@ -313,7 +329,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
             max_body: MAX_BODY,
             started_unix: now,
         });
-        crate::serve::serve(app, listener, acceptor)
+        crate::serve::serve(app, listener, acceptor, ollama)
             .await
             .map_err(|e| e.to_string())
     })
@@ -437,6 +453,7 @@ mod tests {
                 watch: true,
                 tls_cert: None,
                 tls_key: None,
+                ollama: None,
             },
         );
         assert_eq!(
@@ -472,6 +489,11 @@ mod tests {
             args("--config f --watch-config=maybe")
                 .unwrap_err()
                 .contains("maybe")
+        );
+        assert!(
+            args("--config f --ollama-listen 0.0.0.0:1")
+                .unwrap_err()
+                .contains("loopback")
         );
         assert_eq!(parse_listen(":81").unwrap().to_string(), "127.0.0.1:81");
         assert!(parse_listen("nonsense").is_err());

@@ -1,11 +1,12 @@
 //! One client's connection: plain or TLS, HTTP/1.1 or HTTP/2.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::{COOKIE, HOST, HeaderValue};
-use http::{HeaderMap, Request};
+use http::{HeaderMap, Request, Response};
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
@@ -16,7 +17,8 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
-use crate::http::{App, handle};
+use crate::http::body::Body;
+use crate::http::{App, handle, handle_ollama};
 use crate::tls;
 
 /// How an HTTP/2 connection begins (RFC 9113, section 3.4).
@@ -29,20 +31,46 @@ const MAX_STREAMS: u32 = 1024;
 const PING: Duration = Duration::from_secs(30);
 const PONG: Duration = Duration::from_secs(20);
 
+/// What is served on a port.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Front {
+    /// Everything.
+    All,
+    /// What clients of Ollama need.
+    Ollama,
+}
+
+/// Who is connected, and to what.
+#[derive(Clone, Debug)]
+pub(crate) struct Caller {
+    pub(crate) app: Arc<App>,
+    pub(crate) client: SocketAddr,
+    pub(crate) front: Front,
+}
+
+impl Caller {
+    async fn answer(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+        match self.front {
+            Front::All => handle(self.app, self.client, request).await,
+            Front::Ollama => handle_ollama(self.app, self.client, request).await,
+        }
+    }
+}
+
 /// Serves a connection until it ends, or `closed` says so and its running requests are through.
 pub(crate) async fn serve(
-    app: Arc<App>,
+    caller: Caller,
     stream: TcpStream,
-    client: SocketAddr,
     closed: watch::Receiver<bool>,
     acceptor: Option<TlsAcceptor>,
 ) {
     if let Err(error) = stream.set_nodelay(true) {
         tracing::debug!(%error, "TCP_NODELAY");
     }
+    let client = caller.client;
     let result = match acceptor {
-        None => plain(app, stream, client, closed).await,
-        Some(acceptor) => encrypted(app, stream, client, closed, acceptor).await,
+        None => plain(caller, stream, closed).await,
+        Some(acceptor) => encrypted(caller, stream, closed, acceptor).await,
     };
     if let Err(error) = result {
         tracing::debug!(%client, %error, "connection");
@@ -51,12 +79,7 @@ pub(crate) async fn serve(
 
 type Failed = Box<dyn std::error::Error + Send + Sync>;
 
-async fn plain(
-    app: Arc<App>,
-    stream: TcpStream,
-    client: SocketAddr,
-    mut closed: watch::Receiver<bool>,
-) -> Result<(), Failed> {
+async fn plain(caller: Caller, stream: TcpStream, mut closed: watch::Receiver<bool>) -> Result<(), Failed> {
     // Looked at, not taken: HTTP/1.1 goes on as if nobody had looked.
     let mut first = [0; PREFACE.len()];
     let seen = tokio::select! {
@@ -65,16 +88,15 @@ async fn plain(
     };
     let first = first.get(..seen).unwrap_or_default();
     if !first.is_empty() && PREFACE.starts_with(first) {
-        http2(app, stream, client, closed).await
+        http2(caller, stream, closed).await
     } else {
-        http1(app, stream, client, closed).await
+        http1(caller, stream, closed).await
     }
 }
 
 async fn encrypted(
-    app: Arc<App>,
+    caller: Caller,
     stream: TcpStream,
-    client: SocketAddr,
     mut closed: watch::Receiver<bool>,
     acceptor: TlsAcceptor,
 ) -> Result<(), Failed> {
@@ -83,19 +105,18 @@ async fn encrypted(
         () = until(&mut closed) => return Ok(()),
     };
     if stream.get_ref().1.alpn_protocol() == Some(tls::H2) {
-        http2(app, stream, client, closed).await
+        http2(caller, stream, closed).await
     } else {
-        http1(app, stream, client, closed).await
+        http1(caller, stream, closed).await
     }
 }
 
 async fn http1(
-    app: Arc<App>,
+    caller: Caller,
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    client: SocketAddr,
     mut closed: watch::Receiver<bool>,
 ) -> Result<(), Failed> {
-    let service = service_fn(move |request| handle(app.clone(), client, request));
+    let service = service_fn(move |request| caller.clone().answer(request));
     let mut connection = std::pin::pin!(
         http1::Builder::new()
             .serve_connection(TokioIo::new(stream), service)
@@ -113,14 +134,13 @@ async fn http1(
 
 /// HTTP/2, or HTTP/1.1 of a client whose first bytes could have been either.
 async fn http2(
-    app: Arc<App>,
+    caller: Caller,
     stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
-    client: SocketAddr,
     mut closed: watch::Receiver<bool>,
 ) -> Result<(), Failed> {
     let service = service_fn(move |mut request| {
         as_http1(&mut request);
-        handle(app.clone(), client, request)
+        caller.clone().answer(request)
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder

@@ -339,6 +339,14 @@ impl House {
         let _ = receiver.await;
     }
 
+    /// Changes the idle time of a model's present process: zero ends it as soon as it is idle, `None` never.
+    pub fn keep_alive(self: &Arc<Self>, model: &ModelId, time: Option<Duration>) {
+        let now = self.now();
+        let ttl_ms = time.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX));
+        let mut inner = self.inner.lock();
+        self.step(&mut inner, now, Event::KeepAlive(model.clone(), ttl_ms));
+    }
+
     /// Puts another catalog in force; `changed` are the models whose process must be replaced.
     pub fn reload(self: &Arc<Self>, catalog: Arc<Catalog>, changed: Vec<ModelId>) {
         let now = self.now();

@@ -17,6 +17,7 @@
 //! | `process`   | one child: spawn, hand-shake, orders, end; the supervisor of foreign commands                  |
 //! | `upstream`  | pooled connections to one server                                                               |
 //! | `activity`  | requests in flight, the last finished ones, counters per model                                 |
+//! | `ollama`    | Ollama's API in OpenAI's terms                                                                  |
 //! | `usage`     | token counts from a reply on its way through                                                   |
 //! | `logs`      | bounded log rings and their live feed                                                          |
 //! | `outlet`    | standard output behind a bounded queue                                                         |
@@ -32,6 +33,7 @@ pub mod house;
 pub mod http;
 pub mod jsonscan;
 pub mod logs;
+pub mod ollama;
 mod outlet;
 pub mod process;
 pub mod reload;

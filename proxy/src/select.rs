@@ -143,6 +143,7 @@ profiles:
             failures: 0,
             failure: None,
             retry_in_ms: 0,
+            expires_in_ms: None,
         })
     }
 

@@ -8,7 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
-use crate::connection::{self, until};
+use crate::connection::{self, Caller, Front, until};
 use crate::http::App;
 
 /// Longest grace of a shutdown: requests in flight, then the processes' own end.
@@ -22,7 +22,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 ///
 /// The first signal lets requests in flight finish, within the longest unload grace of the registry; each further one
 /// cuts what is still in flight and kills the processes that have been asked to end already. With an `acceptor` clients
-/// speak TLS.
+/// speak TLS. `ollama` is the port that serves Ollama's API alone, on loopback and so without TLS.
 ///
 /// # Errors
 /// The signals cannot be listened to.
@@ -30,6 +30,7 @@ pub async fn serve(
     app: Arc<App>,
     listener: TcpListener,
     acceptor: Option<TlsAcceptor>,
+    ollama: Option<TcpListener>,
 ) -> std::io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -37,9 +38,22 @@ pub async fn serve(
     // Whoever reads this line may send signals.
     let scheme = if acceptor.is_some() { "https" } else { "http" };
     tracing::info!("listening on {scheme}://{}", listener.local_addr()?);
+    if let Some(ollama) = &ollama {
+        tracing::info!("clients of Ollama: http://{}", ollama.local_addr()?);
+    }
     tokio::spawn(app.house.clone().keep_time());
     let (closing, closed) = watch::channel(false);
-    let accepting = tokio::spawn(accept(app.clone(), listener, acceptor, closed));
+    let mut accepting = tokio::task::JoinSet::new();
+    accepting.spawn(accept(
+        app.clone(),
+        Front::All,
+        listener,
+        acceptor,
+        closed.clone(),
+    ));
+    if let Some(listener) = ollama {
+        accepting.spawn(accept(app.clone(), Front::Ollama, listener, None, closed));
+    }
     loop {
         tokio::select! {
             _ = terminate.recv() => break,
@@ -68,7 +82,7 @@ pub async fn serve(
         }
     }
     // Replies that are on their way out get a moment.
-    let _ = tokio::time::timeout(Duration::from_millis(500), accepting).await;
+    let _ = tokio::time::timeout(Duration::from_millis(500), accepting.join_all()).await;
     tracing::info!("shutdown complete");
     app.house.logs.flush(LAST_LINES).await;
     Ok(())
@@ -77,6 +91,7 @@ pub async fn serve(
 /// Accepts connections until `closed`, then waits for those that are open.
 async fn accept(
     app: Arc<App>,
+    front: Front,
     listener: TcpListener,
     acceptor: Option<TlsAcceptor>,
     mut closed: watch::Receiver<bool>,
@@ -89,8 +104,8 @@ async fn accept(
             Some(_) = connections.join_next() => {}
             accepted = listener.accept() => match accepted {
                 Ok((stream, client)) => {
-                    let (app, closed, acceptor) = (app.clone(), closed.clone(), acceptor.clone());
-                    connections.spawn(connection::serve(app, stream, client, closed, acceptor));
+                    let caller = Caller { app: app.clone(), client, front };
+                    connections.spawn(connection::serve(caller, stream, closed.clone(), acceptor.clone()));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "accept");

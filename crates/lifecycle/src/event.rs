@@ -69,6 +69,9 @@ pub enum Event {
         /// Reported by [`Effect::Unloaded`] when no process is left.
         ticket: Ticket,
     },
+    /// From now until its process ends, a model's idle time is this, whatever its policy says: `Some(0)` ends it as soon
+    /// as it is idle, `None` never. Without a ready process nothing happens.
+    KeepAlive(ModelId, Option<Millis>),
     /// A new configuration is in force.
     Reload {
         /// The new rules.

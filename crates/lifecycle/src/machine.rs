@@ -44,6 +44,8 @@ pub struct ModelStatus {
     pub failure: Option<Arc<Failure>>,
     /// Milliseconds until a failed model is tried again; 0 if it may be.
     pub retry_in_ms: Millis,
+    /// Milliseconds until it is unloaded, counted from now while requests are in flight; `None`: it is not going to be.
+    pub expires_in_ms: Option<Millis>,
 }
 
 /// The whole house.
@@ -89,6 +91,7 @@ impl Lifecycle {
             Event::Ready(model, instance) => self.ready(now, &model, instance),
             Event::Exited(model, instance, failure) => self.exited(now, &model, instance, failure, effects),
             Event::Unload { model, ticket } => self.unload(now, model, ticket, effects),
+            Event::KeepAlive(model, ttl_ms) => self.keep_alive(&model, ttl_ms),
             Event::Reload { config, changed } => self.reload(now, config, &changed, effects),
             Event::Shutdown { grace_ms } => self.shut_down(now, grace_ms, effects),
             Event::Tick => true,
@@ -213,11 +216,13 @@ impl Lifecycle {
         match &mut m.phase {
             Phase::Ready { last_use, .. } => {
                 *last_use = now;
+                // A model that is to go as soon as it is idle has no deadline that lies ahead.
                 m.inflight == 0
-                    && self
-                        .models
-                        .values()
-                        .any(|m| !m.queue.is_empty() || m.restart.is_some())
+                    && (m.ttl_ms() == Some(0)
+                        || self
+                            .models
+                            .values()
+                            .any(|m| !m.queue.is_empty() || m.restart.is_some()))
             }
             Phase::Draining { last_use, .. } => {
                 *last_use = now;
@@ -331,6 +336,16 @@ impl Lifecycle {
         }
         self.unloads.push(PendingUnload { ticket, processes });
         true
+    }
+
+    fn keep_alive(&mut self, model: &str, ttl_ms: Option<Millis>) -> bool {
+        match self.models.get_mut(model) {
+            Some(m) if matches!(m.phase, Phase::Ready { .. }) => {
+                m.keep_alive = Some(ttl_ms);
+                true
+            }
+            _ => false,
+        }
     }
 
     fn reload(
@@ -460,6 +475,7 @@ fn status_of(m: &Model, now: Millis) -> ModelStatus {
         failures: m.failures,
         failure: m.failure.clone(),
         retry_in_ms: if m.backing_off(now) { m.retry_at - now } else { 0 },
+        expires_in_ms: m.expires(now).map(|at| at.saturating_sub(now)),
     }
 }
 

@@ -73,6 +73,8 @@ pub(crate) struct Model {
     pub(crate) removed: bool,
     /// To be started without anybody waiting: it was ready when its definition changed. Holds the order of arrival.
     pub(crate) restart: Option<u64>,
+    /// Idle time of the present process, where a client has ordered another than the policy's.
+    pub(crate) keep_alive: Option<Option<Millis>>,
     /// The state last reported.
     pub(crate) shown: State,
 }
@@ -91,6 +93,7 @@ impl Model {
             retry_at: 0,
             removed: false,
             restart: None,
+            keep_alive: None,
             shown: State::Stopped,
         }
     }
@@ -103,6 +106,24 @@ impl Model {
             | Phase::Draining { instance, .. }
             | Phase::Stopping { instance, .. } => Some(instance),
         }
+    }
+
+    /// Idle time after which the present process is stopped.
+    pub(crate) fn ttl_ms(&self) -> Option<Millis> {
+        self.keep_alive.unwrap_or(self.policy.ttl_ms)
+    }
+
+    /// When it is stopped unless it is used again: for a ready process with a limited idle time.
+    pub(crate) fn expires(&self, now: Millis) -> Option<Millis> {
+        let Phase::Ready { since, last_use, .. } = self.phase else {
+            return None;
+        };
+        let idle_since = if self.inflight > 0 {
+            now
+        } else {
+            since.max(last_use)
+        };
+        self.ttl_ms().map(|ttl| idle_since.saturating_add(ttl))
     }
 
     /// Whether a process exists, or may still exist.

@@ -23,10 +23,9 @@ impl Lifecycle {
         let (phase, stay) = match m.phase {
             Phase::Stopped => ((m.shown == State::BackOff).then_some(m.retry_at), None),
             Phase::Starting { deadline, .. } => (Some(deadline), None),
-            Phase::Ready { since, last_use, .. } if m.inflight == 0 => (
-                m.policy.ttl_ms.map(|ttl| since.max(last_use).saturating_add(ttl)),
-                Some(since.saturating_add(m.policy.min_stay_ms)),
-            ),
+            Phase::Ready { since, .. } if m.inflight == 0 => {
+                (m.expires(0), Some(since.saturating_add(m.policy.min_stay_ms)))
+            }
             Phase::Draining {
                 why: Drain::Until(at, _),
                 ..
@@ -114,14 +113,9 @@ impl Lifecycle {
                     *kill_at = None;
                     effects.push(Effect::Kill(id.clone(), *instance));
                 }
-                Phase::Ready { since, last_use, .. } => {
-                    let idle_since = (*since).max(*last_use);
+                Phase::Ready { .. } => {
                     let idle = m.inflight == 0 && m.queue.is_empty();
-                    if idle
-                        && m.policy
-                            .ttl_ms
-                            .is_some_and(|ttl| idle_since.saturating_add(ttl) <= now)
-                    {
+                    if idle && m.expires(now).is_some_and(|at| at <= now) {
                         self.begin_stop(now, id, effects);
                     }
                 }
@@ -362,7 +356,7 @@ impl Lifecycle {
             deadline: now.saturating_add(m.policy.start_timeout_ms),
             for_restart: m.restart.take(),
         };
-        m.inflight = 0;
+        (m.inflight, m.keep_alive) = (0, None);
         m.forget_passing();
         effects.push(Effect::Start(id.clone(), instance));
     }

@@ -30,6 +30,7 @@ enum Op {
     Progress(usize),
     Exit(usize),
     Unload(Option<usize>),
+    KeepAlive(usize, Option<u64>),
     Reload(Vec<usize>, Vec<usize>),
     Pass(u64),
 }
@@ -43,6 +44,7 @@ fn op() -> impl Strategy<Value = Op> {
         1 => any::<usize>().prop_map(Op::Progress),
         6 => any::<usize>().prop_map(Op::Exit),
         1 => prop::option::of(0..4_usize).prop_map(Op::Unload),
+        1 => (0..4_usize, prop::option::of(prop_oneof![Just(0), 0..30_000_u64])).prop_map(|(m, t)| Op::KeepAlive(m, t)),
         1 => (prop::collection::vec(0..4_usize, 0..3), prop::collection::vec(0..4_usize, 2..5))
             .prop_map(|(changed, kept)| Op::Reload(changed, kept)),
         6 => prop_oneof![0..50_u64, 0..2_000_u64, 0..40_000_u64].prop_map(Op::Pass),
@@ -314,6 +316,16 @@ impl World {
         }
     }
 
+    /// A model that is to go as soon as it is idle is not ready and idle.
+    fn assert_gone_when_idle(&self, model: &ModelId) {
+        if let Some(s) = self.core.status(self.now, model) {
+            assert!(
+                s.state != State::Ready || s.inflight > 0 || s.waiting > 0,
+                "{model} stays: {s:?}"
+            );
+        }
+    }
+
     /// Lets time pass, with a tick at every deadline on the way.
     fn pass(&mut self, ms: u64) {
         let end = self.now + ms;
@@ -416,6 +428,12 @@ impl World {
                     model: m.map(id),
                     ticket: Ticket(ticket),
                 });
+            }
+            Op::KeepAlive(m, ttl_ms) => {
+                self.step(Event::KeepAlive(id(m), ttl_ms));
+                if ttl_ms == Some(0) {
+                    self.assert_gone_when_idle(&id(m));
+                }
             }
             Op::Reload(changed, kept) => {
                 let mut config = self.config.clone();

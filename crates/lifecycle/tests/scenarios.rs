@@ -192,6 +192,39 @@ fn concurrency_limit_counts_running_and_waiting() {
 
 /// llama-swap: a model that never served was unloaded a second after it was ready.
 #[test]
+fn an_ordered_idle_time_holds_until_the_process_ends() {
+    let policy = Policy {
+        ttl_ms: Some(5_000),
+        ..Policy::default()
+    };
+    let mut h = House::new(&["a"], &policy);
+    // Nothing to keep yet.
+    assert!(h.step(Event::KeepAlive("a".into(), Some(0))).is_empty());
+    let request = h.serving("a");
+    assert!(h.step(Event::KeepAlive("a".into(), None)).is_empty());
+    assert_eq!(h.core.status(h.now, "a").unwrap().expires_in_ms, None);
+    let _ = h.step(Event::Finished(request));
+    assert!(h.tick_at(1_000_000).is_empty(), "for ever");
+    // Zero ends it, but cuts nothing.
+    let (second, _) = h.request("a");
+    assert!(h.step(Event::KeepAlive("a".into(), Some(0))).is_empty());
+    assert_eq!(
+        h.step(Event::Finished(second)),
+        [Effect::Stop("a".into(), Instance(0))]
+    );
+    let _ = h.exit("a");
+    // The next process has the policy's again.
+    let third = h.serving("a");
+    let _ = h.step(Event::Finished(third));
+    assert_eq!(h.core.status(h.now, "a").unwrap().expires_in_ms, Some(5_000));
+    // Idle already, it goes at once.
+    assert_eq!(
+        h.step(Event::KeepAlive("a".into(), Some(0))),
+        [Effect::Stop("a".into(), Instance(1))]
+    );
+}
+
+#[test]
 fn ttl_counts_from_ready_and_from_last_use() {
     let mut h = House::new(
         &["a"],

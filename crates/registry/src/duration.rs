@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-/// `1h2m3.5s`, `250ms`, or a plain number of seconds. `None` when it is none of these, or negative.
-pub(crate) fn parse(text: &str) -> Option<Duration> {
+/// Go's notation: `1h2m3.5s`, `250ms`, or a plain number of seconds. `None` when it is none of these, or negative.
+pub fn parse(text: &str) -> Option<Duration> {
     let text = text.trim();
     if let Ok(seconds) = text.parse::<f64>() {
         return Duration::try_from_secs_f64(seconds).ok();

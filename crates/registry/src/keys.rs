@@ -190,6 +190,12 @@ pub(crate) static ROOT: Object = Object {
             "",
             "Measurements of the machine.",
         ),
+        key(
+            "ollama",
+            Ty::Object(&OLLAMA),
+            "",
+            "Ollama's API, which is served beside OpenAI's in any case.",
+        ),
         key("upstream", Ty::Object(&UPSTREAM), "", "The `/upstream` routes."),
         key("macros", Ty::Any, "", "Values to be used as `${name}` elsewhere."),
         key(
@@ -468,6 +474,18 @@ static PERFORMANCE: Object = Object {
             "Time between measurements, at least 5s.",
         ),
     ],
+};
+
+static OLLAMA: Object = Object {
+    name: "ollama",
+    keys: &[key(
+        "listen",
+        Ty::Str,
+        "",
+        "Address of a second port that serves nothing else, on loopback; `:PORT` is `127.0.0.1:PORT`. For clients that look for \
+         Ollama at its own address while swapd listens at another. Taken up at the start only; `--ollama-listen` comes \
+         before it.",
+    )],
 };
 
 static UPSTREAM: Object = Object {

@@ -39,9 +39,11 @@ mod show;
 mod types;
 mod yaml;
 
+pub use decode::parse_loopback;
 pub use diagnostic::{Code, Diagnostic, Severity, Warning};
 pub use diff::RegistryDiff;
 pub use docs::configuration_markdown;
+pub use duration::parse as parse_duration;
 pub use load::{Options, Source};
 pub use matrix::Matrix;
 pub use routing::Target;

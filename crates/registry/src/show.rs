@@ -85,6 +85,7 @@ impl Registry {
             "captureBuffer": g.capture_buffer_mb,
             "store": g.store_path,
             "sessionIdHeaders": g.session_id_headers,
+            "ollama": {"listen": g.ollama_listen},
             "performance": {"disabled": g.performance_disabled, "every": seconds(g.performance_every)},
         })
     }

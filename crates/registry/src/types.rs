@@ -1,5 +1,6 @@
 //! A resolved registry: defaults filled in, macros expanded, names checked.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -240,6 +241,8 @@ pub struct Globals {
     pub performance_disabled: bool,
     /// Time between two of them.
     pub performance_every: Duration,
+    /// Address of the port that serves Ollama's API alone, on loopback.
+    pub ollama_listen: Option<SocketAddr>,
     /// First port for `${PORT}`.
     pub start_port: u16,
     /// Default of a model's own.

@@ -13,6 +13,7 @@ use lifecycle::CutReason;
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
 
+use super::ollama::Ndjson;
 use super::pending::{COMMENT, Pending, SILENCE};
 use crate::activity::Trace;
 use crate::house::{Lease, Ordered};
@@ -86,6 +87,8 @@ pub enum Body {
     Upstream(Box<UpstreamBody>),
     /// A model's reply that begins before the model is ready.
     Pending(Box<Pending>),
+    /// A model's stream in Ollama's form.
+    Lines(Box<Ndjson>),
     /// Made here piece by piece (logs, events).
     Channel(mpsc::Receiver<Bytes>),
 }
@@ -108,6 +111,7 @@ impl HttpBody for Body {
             Self::Full(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
             Self::Upstream(body) => body.poll(cx),
             Self::Pending(body) => body.poll(cx),
+            Self::Lines(body) => body.poll(cx),
             Self::Channel(receiver) => receiver
                 .poll_recv(cx)
                 .map(|next| next.map(|bytes| Ok(Frame::data(bytes)))),
@@ -119,7 +123,7 @@ impl HttpBody for Body {
             Self::Full(bytes) => bytes.is_empty(),
             Self::Upstream(body) => matches!(body.state, Flow::Done),
             Self::Pending(body) => body.is_end(),
-            Self::Channel(_) => false,
+            Self::Channel(_) | Self::Lines(_) => false,
         }
     }
 
@@ -131,7 +135,7 @@ impl HttpBody for Body {
                 Flow::Done => SizeHint::with_exact(0),
                 Flow::Closing(_) | Flow::Flushing | Flow::Broken => SizeHint::default(),
             },
-            Self::Channel(_) | Self::Pending(_) => SizeHint::default(),
+            Self::Channel(_) | Self::Pending(_) | Self::Lines(_) => SizeHint::default(),
         }
     }
 }

@@ -91,9 +91,13 @@ pub(super) async fn answer(
         Route::Logs => Ok(text(app.house.logs.history(|_| true))),
         Route::LogStream(source) => log_stream(app, source.as_deref(), &request),
         Route::Version => Ok(json_reply(
-            &json!({"version": env!("CARGO_PKG_VERSION"), "commit": "unknown", "build_date": "unknown"}),
+            // The first three are llama-swap's; Ollama's clients read `version` too.
+            &json!({"version": env!("CARGO_PKG_VERSION"), "commit": "unknown", "build_date": "unknown",
+                    "ollama_version": crate::ollama::API_LEVEL}),
         )),
-        Route::Inference | Route::Upstream => Err(ApiError::internal("not a control route")),
+        Route::Inference | Route::Upstream | Route::Ollama(_) => {
+            Err(ApiError::internal("not a control route"))
+        }
     }
 }
 
@@ -243,7 +247,7 @@ fn json_reply(value: &Value) -> Response<Body> {
     response
 }
 
-fn text(text: impl Into<Bytes>) -> Response<Body> {
+pub(super) fn text(text: impl Into<Bytes>) -> Response<Body> {
     let mut response = Response::new(Body::Full(text.into()));
     response.headers_mut().insert(
         header::CONTENT_TYPE,

@@ -60,22 +60,13 @@ pub(super) async fn by_name(
     client: SocketAddr,
     request: Request<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
-    let profile = app.profile.lock().clone();
-    let find = |name: &str| {
-        let choice = select::follow(catalog, profile.as_deref(), name, |m| app.house.status(m));
-        let choice = choice.map_err(|e| e.to_error(catalog, name))?;
-        if access.permits(&choice.model, name) {
-            Ok(choice)
-        } else {
-            Err(error::not_permitted(name))
-        }
-    };
+    let find = |name: &str| choose(app, catalog, access, name);
     if websocket::is_upgrade(request.headers()) {
         let choice = find(&extract::from_query(request.uri().query())?)?;
         let path = routes::upstream_path(path_of(request.uri()));
         return websocket::forward(app, client, &choice.model, request, &path).await;
     }
-    let (mut parts, incoming) = request.into_parts();
+    let (parts, incoming) = request.into_parts();
     let (name, place, body) = if matches!(parts.method, http::Method::GET | http::Method::HEAD) {
         (
             extract::from_query(parts.uri.query())?,
@@ -93,8 +84,37 @@ pub(super) async fn by_name(
         (name, place, body)
     };
     let choice = find(&name)?;
+    let path = routes::upstream_path(path_of(&parts.uri));
+    named(app, catalog, client, &choice, &name, &place, parts, path, body).await
+}
+
+/// Where a name leads, if this client may go there.
+pub(super) fn choose(app: &App, catalog: &Catalog, access: &Access, name: &str) -> Result<Choice, ApiError> {
+    let profile = app.profile.lock().clone();
+    let choice = select::follow(catalog, profile.as_deref(), name, |m| app.house.status(m));
+    let choice = choice.map_err(|e| e.to_error(catalog, name))?;
+    if access.permits(&choice.model, name) {
+        Ok(choice)
+    } else {
+        Err(error::not_permitted(name))
+    }
+}
+
+/// Forwards a request whose body has been read and whose model has been found, to this path.
+#[allow(clippy::too_many_arguments)]
+pub(super) async fn named(
+    app: &Arc<App>,
+    catalog: &Arc<Catalog>,
+    client: SocketAddr,
+    choice: &Choice,
+    name: &str,
+    place: &Place,
+    mut parts: Parts,
+    path: PathAndQuery,
+    body: Bytes,
+) -> Result<Response<Body>, ApiError> {
     let model = &choice.model;
-    let body = filtered(catalog, &choice, &name, &place, body)?;
+    let body = filtered(catalog, choice, name, place, body)?;
     if matches!(place, Place::Json { .. }) && !extract::is_json(&parts.headers) {
         // curl's default: the body is JSON all the same, and the model's server should be told so.
         parts
@@ -103,7 +123,6 @@ pub(super) async fn by_name(
     }
     // Tokens are counted from the reply as it passes, and events may be put into it: it has to come as it is.
     parts.headers.remove(header::ACCEPT_ENCODING);
-    let path = routes::upstream_path(path_of(&parts.uri));
     let streams = matches!(place, Place::Json { stream: true });
     serve(app, catalog, client, model, parts, path, body, streams).await
 }
@@ -276,12 +295,13 @@ async fn serve(
         && asked.starts_with("/v1/chat/completions")
         && catalog.model(model).is_some_and(|m| m.send_loading_state)
         && app.house.status(model).is_none_or(|s| s.state != State::Ready);
-    let trace = app.activity.begin(
+    let mut trace = app.activity.begin(
         model.clone(),
         parts.method.clone(),
         asked,
         client.ip().to_string(),
     );
+    trace.tell_forwarded(parts.extensions.get().cloned());
     let mut request = Request::new(body);
     *request.method_mut() = parts.method;
     *request.headers_mut() = parts.headers;

@@ -10,6 +10,7 @@ pub mod extract;
 pub mod forward;
 pub mod listing;
 pub mod metrics;
+pub mod ollama;
 pub mod pending;
 pub mod routes;
 pub mod websocket;
@@ -48,6 +49,28 @@ pub struct App {
     pub started_unix: u64,
 }
 
+/// Answers a request to the port that is Ollama's alone, where nothing else is served.
+///
+/// # Errors
+/// Never.
+pub async fn handle_ollama(
+    app: Arc<App>,
+    client: SocketAddr,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
+    let path = request.uri().path();
+    if !routes::is_ollamas(path) {
+        let error = ApiError::not_found(format!("no route for {} {path}", request.method()));
+        return Ok(ollama::error_reply(&error));
+    }
+    let read = matches!(*request.method(), Method::GET | Method::HEAD);
+    match path {
+        "/" if read => Ok(control::text("Ollama is running")),
+        "/api/version" if read => Ok(ollama::version()),
+        _ => handle(app, client, request).await,
+    }
+}
+
 /// Answers one request. Errors are replies too.
 ///
 /// # Errors
@@ -58,8 +81,10 @@ pub async fn handle(
     request: Request<Incoming>,
 ) -> Result<Response<Body>, Infallible> {
     let head = request.method() == Method::HEAD;
+    let ollama = routes::speaks_ollama(request.uri().path());
     let mut response = match dispatch(&app, client, request).await {
         Ok(response) => response,
+        Err(error) if ollama => ollama::error_reply(&error),
         Err(error) => error::reply(&error),
     };
     if head && matches!(response.body(), Body::Full(_)) {
@@ -90,7 +115,13 @@ async fn dispatch(
                 request.method(),
                 request.uri().path()
             );
-            let mut response = error::reply(&ApiError::method_not_allowed(message));
+            let error = ApiError::method_not_allowed(message);
+            let ollama = routes::speaks_ollama(request.uri().path());
+            let mut response = if ollama {
+                ollama::error_reply(&error)
+            } else {
+                error::reply(&error)
+            };
             response
                 .headers_mut()
                 .insert(header::ALLOW, HeaderValue::from_static(allow));
@@ -111,7 +142,12 @@ async fn dispatch(
         match auth::check(&catalog.registry.globals.api_keys, request.headers()) {
             Ok(access) => access,
             Err(error) => {
-                let mut response = error::reply(&error);
+                let ollama = matches!(route, Route::Ollama(_));
+                let mut response = if ollama {
+                    ollama::error_reply(&error)
+                } else {
+                    error::reply(&error)
+                };
                 let challenge = HeaderValue::from_static("Basic realm=\"swapd\"");
                 response.headers_mut().insert(header::WWW_AUTHENTICATE, challenge);
                 return Ok(response);
@@ -121,6 +157,7 @@ async fn dispatch(
     match route {
         Route::Inference => forward::by_name(app, &catalog, &access, client, request).await,
         Route::Upstream => forward::by_path(app, &catalog, &access, client, request).await,
+        Route::Ollama(call) => ollama::answer(app, &catalog, &access, client, call, request).await,
         route => control::answer(app, &catalog, &access, route, request).await,
     }
 }

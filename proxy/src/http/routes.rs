@@ -3,6 +3,8 @@
 use http::Method;
 use http::uri::PathAndQuery;
 
+use super::ollama::Call;
+
 /// What a path leads to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Route {
@@ -50,6 +52,8 @@ pub enum Route {
     Reload,
     /// Program and version.
     Version,
+    /// One of Ollama's.
+    Ollama(Call),
 }
 
 /// Why there is none.
@@ -134,6 +138,16 @@ pub fn find(method: &Method, path: &str) -> Result<Route, NoRoute> {
         "/v1/realtime" => return get(Route::Inference),
         "/api/reload" => return post(Route::Reload),
         "/api/models/unload" => return post(Route::ApiUnload),
+        "/api/tags" => return get(Route::Ollama(Call::Tags)),
+        "/api/ps" => return get(Route::Ollama(Call::Ps)),
+        "/api/show" => return post(Route::Ollama(Call::Show)),
+        "/api/chat" => return post(Route::Ollama(Call::Chat)),
+        "/api/generate" => return post(Route::Ollama(Call::Generate)),
+        "/api/embed" => return post(Route::Ollama(Call::Embed)),
+        "/api/embeddings" => return post(Route::Ollama(Call::Embeddings)),
+        "/api/pull" | "/api/push" | "/api/create" | "/api/copy" => return post(Route::Ollama(Call::Files)),
+        "/api/delete" if method == Method::DELETE => return Ok(Route::Ollama(Call::Files)),
+        "/api/delete" => return Err(NoRoute::Method("DELETE")),
         _ => {}
     }
     let rest = |prefix: &str| path.strip_prefix(prefix).filter(|rest| !rest.is_empty());
@@ -165,6 +179,33 @@ pub fn find(method: &Method, path: &str) -> Result<Route, NoRoute> {
         return post(Route::Inference);
     }
     Err(NoRoute::Path)
+}
+
+/// Whether errors of this path have Ollama's form: they are for its clients.
+#[must_use]
+pub fn speaks_ollama(path: &str) -> bool {
+    const PATHS: [&str; 12] = [
+        "tags",
+        "ps",
+        "show",
+        "chat",
+        "generate",
+        "embed",
+        "embeddings",
+        "pull",
+        "push",
+        "create",
+        "copy",
+        "delete",
+    ];
+    path.strip_prefix("/api/")
+        .is_some_and(|rest| PATHS.contains(&rest))
+}
+
+/// Whether this path is served on the port that is Ollama's alone: its own routes, and the OpenAI ones that it has too.
+#[must_use]
+pub fn is_ollamas(path: &str) -> bool {
+    speaks_ollama(path) || path.starts_with("/v1/") || ["/", "/api/version"].contains(&path)
 }
 
 /// Resolves `%XX`; what is malformed stays as it is.

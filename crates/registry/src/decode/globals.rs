@@ -1,5 +1,6 @@
 //! What is not about one model.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -62,6 +63,7 @@ pub(super) fn globals(root: &Node, bases: &[PathBuf], findings: &mut Findings) -
         session_id_headers: session_id_headers(section("ui")),
         performance_disabled: flag(performance, "disabled").unwrap_or(false),
         performance_every: performance_every(performance, findings),
+        ollama_listen: ollama_listen(section("ollama"), findings),
         start_port: number(root, "startPort").unwrap_or(5800),
         send_loading_state: flag(root, "sendLoadingState").unwrap_or(false),
         include_aliases_in_list: flag(root, "includeAliasesInList").unwrap_or(false),
@@ -156,6 +158,38 @@ fn performance_every(performance: &Node, findings: &mut Findings) -> Duration {
         findings.error(Code::Value, node.at, "performance.every", message);
     }
     every.max(LEAST)
+}
+
+fn ollama_listen(ollama: &Node, findings: &mut Findings) -> Option<SocketAddr> {
+    let written = text(ollama, "listen")?;
+    match parse_loopback(&written) {
+        Ok(address) => Some(address),
+        Err(why) => {
+            let at = ollama.get("listen").map(|n| n.at).unwrap_or_default();
+            findings.error(Code::Value, at, "ollama.listen", format!("`{written}` {why}"));
+            None
+        }
+    }
+}
+
+/// An address of this machine for itself: `127.0.0.1:PORT`, `[::1]:PORT`, `localhost:PORT` or `:PORT`.
+///
+/// # Errors
+/// It is none; says why.
+pub fn parse_loopback(text: &str) -> Result<SocketAddr, &'static str> {
+    let text = text.trim();
+    let whole = match text.strip_prefix("localhost:").or_else(|| text.strip_prefix(':')) {
+        Some(port) => format!("127.0.0.1:{port}"),
+        None => text.to_owned(),
+    };
+    let address: SocketAddr = whole
+        .parse()
+        .map_err(|_| "is no address; write it as 127.0.0.1:PORT")?;
+    if address.ip().is_loopback() {
+        Ok(address)
+    } else {
+        Err("is not a loopback address")
+    }
 }
 
 fn ignore_paths(upstream: &Node, findings: &mut Findings) -> Vec<String> {

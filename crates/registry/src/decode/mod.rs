@@ -6,6 +6,8 @@ mod names;
 mod read;
 mod router;
 
+pub use globals::parse_loopback;
+
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
