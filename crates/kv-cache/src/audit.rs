@@ -69,7 +69,10 @@ impl<S: Clone> KvCache<S> {
         ensure(nodes.len() == self.tree.len(), || "a node is lost".into())?;
         let block_size = self.config.block_size;
         let mut pinned = 0;
-        for (node, chain, _, pins, tick) in nodes {
+        for (node, chain, block, pins, tick) in nodes {
+            ensure(self.tree.at(*block) == Some(*node), || {
+                format!("node {node} is not found by its {block:?}")
+            })?;
             let users = self
                 .sequences
                 .values()

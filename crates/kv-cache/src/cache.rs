@@ -341,6 +341,7 @@ impl<S: Clone> KvCache<S> {
         for _ in usize::from(shared.is_some())..needed {
             if let Some(block) = self.take_block(&sequence) {
                 sequence.blocks.push(block);
+                sequence.start = None;
             }
             sequence.spend(&mut self.promised);
         }

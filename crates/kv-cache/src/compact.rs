@@ -6,6 +6,8 @@
 //!
 //! Nothing is evicted here, and what is cached stays cached.
 
+use std::ops::Range;
+
 use crate::cache::KvCache;
 use crate::placement::runs;
 use crate::tree::NodeId;
@@ -71,7 +73,38 @@ impl<S: Clone> KvCache<S> {
         }
         // As `extend` will: what it grows beyond its promise must not come out of what is promised to others.
         self.evict_for(self.promised + usize::from(sequence.credit == 0));
-        self.make_run(id, 1, most)
+        // Block after block, so without looking at the whole pool as long as only a cached block is in the way.
+        let cached = next
+            .filter(|&next| self.pool.refs(next) == 1 && most > 0)
+            .and_then(|next| Some((next, self.tree.at(next)?, self.out_of_the_way(id)?)));
+        match cached {
+            Some((next, node, to)) => {
+                self.counters.moved_blocks += 1;
+                Ok(Vec::from_iter(self.move_cached(node, next, to)))
+            }
+            None => self.make_run(id, 1, most),
+        }
+    }
+
+    /// A free block that stands in nobody's way: in a small run, as far as can be from who goes on there.
+    fn out_of_the_way(&self, id: SeqId) -> Option<BlockId> {
+        let others = self.sequences.iter().filter(|&(other, _)| *other != id);
+        let growing: Vec<(u32, usize)> = others
+            .filter_map(|(_, other)| Some((self.chosen(other)?.0, other.credit)))
+            .collect();
+        let taken = |start: u32, len: u32| {
+            let inside = growing
+                .iter()
+                .filter(|(next, _)| (start..start + len).contains(next));
+            inside
+                .map(|&(next, credit)| (next - start) as usize + credit)
+                .max()
+                .unwrap_or(0)
+        };
+        self.pool
+            .smallest_runs()
+            .find(|&(start, len)| taken(start, len) < len as usize)
+            .map(|(start, len)| BlockId(start + len - 1))
     }
 
     /// With `ahead` free blocks behind it, or better all that are promised.
@@ -89,10 +122,20 @@ impl<S: Clone> KvCache<S> {
             .into_iter()
             .filter_map(|ahead| self.best_window(&places, id, ahead))
             .find(|window| window.cached + window.moved <= most);
-        let Some(window) = window else {
-            return Ok(Vec::new());
+        let copies = window.map_or_else(Vec::new, |window| self.clear_and_move(id, window, &places));
+        // Where it cannot go on behind its last block, it starts anew.
+        let cleared = window
+            .filter(|window| window.cached > 0)
+            .map(|window| window.start as u32);
+        let sequence = self.sequence(id)?;
+        let start = match self.chosen(sequence) {
+            Some(_) => None,
+            None => cleared.map(BlockId).or_else(|| self.place(sequence, Some(id))),
         };
-        Ok(self.clear_and_move(id, window, &places))
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.start = start;
+        }
+        Ok(copies)
     }
 
     /// What can be done with each block.
@@ -119,8 +162,8 @@ impl<S: Clone> KvCache<S> {
                 for block in &sequence.blocks {
                     set(block.0 as usize, Place::Own);
                 }
-            } else if let Some(last) = sequence.blocks.last() {
-                let next = last.0 as usize + 1;
+            } else if let Some(next) = self.chosen(sequence) {
+                let next = next.0 as usize;
                 let reserved = (next..next + sequence.credit)
                     .take_while(|&block| self.pool.is_free(BlockId(block as u32)));
                 reserved.for_each(|block| set(block, Place::Fixed));
@@ -158,22 +201,15 @@ impl<S: Clone> KvCache<S> {
                 moved: own - len,
             })
         });
-        // or all of it elsewhere. Of equals the middle one: it leaves room to both sides.
-        let mut best: Vec<Window> = Vec::new();
-        let go = movable(0).then(|| windows(places, own + ahead, own).filter(fits));
-        for window in go.into_iter().flatten() {
-            if best.first().is_some_and(|known| known.cached > window.cached) {
-                best.clear();
-            }
-            if best.first().is_none_or(|known| known.cached == window.cached) {
-                best.push(window);
-            }
-        }
-        let go = best.get(best.len() / 2).copied();
-        stay.filter(fits)
-            .into_iter()
-            .chain(go)
+        // or all of it elsewhere,
+        let go = || cheapest(windows(places, own + ahead, own).filter(fits));
+        let go = movable(0).then(go).flatten();
+        let whole = stay.filter(fits).into_iter().chain(go);
+        // or else only what is to come.
+        let apart = || cheapest(windows(places, ahead, 0).filter(fits));
+        whole
             .min_by_key(|window| window.cached + window.moved)
+            .or_else(apart)
     }
 
     /// Moves what is cached out of the window and the sequence into it. In turns, if there are fewer free blocks outside
@@ -292,13 +328,27 @@ fn windows(places: &[Place], len: usize, moved: usize) -> impl Iterator<Item = W
     })
 }
 
-/// Free blocks outside the window, as stretches.
+/// Of equals the middle one: it leaves room to both sides.
+fn cheapest(windows: impl Iterator<Item = Window>) -> Option<Window> {
+    let mut best: Vec<Window> = Vec::new();
+    for window in windows {
+        if best.first().is_some_and(|known| known.cached > window.cached) {
+            best.clear();
+        }
+        if best.first().is_none_or(|known| known.cached == window.cached) {
+            best.push(window);
+        }
+    }
+    best.get(best.len() / 2).copied()
+}
+
+/// Free blocks outside the window, as stretches; the last one is being used up.
 struct Outside {
-    stretches: Vec<std::ops::Range<usize>>,
+    stretches: Vec<Range<usize>>,
 }
 
 impl Outside {
-    fn new(places: &[Place], window: &std::ops::Range<usize>) -> Self {
+    fn new(places: &[Place], window: &Range<usize>) -> Self {
         let mut outside = Self {
             stretches: Vec::new(),
         };
@@ -306,6 +356,7 @@ impl Outside {
         for (block, _) in places.iter().enumerate().filter(free) {
             outside.give(block);
         }
+        outside.stretches.push(0..0);
         outside
     }
 
@@ -316,22 +367,19 @@ impl Outside {
         }
     }
 
-    /// A block of the stretch that holds the `wanted` blocks best: so blocks moved one after the other become
-    /// neighbours, and large stretches stay large.
+    /// A block of the stretch that holds the `wanted` blocks best, until that is used up: so blocks moved one after the
+    /// other become neighbours, and large stretches stay large.
     fn take(&mut self, wanted: usize) -> Option<usize> {
-        let fits =
-            |stretch: &std::ops::Range<usize>| (stretch.len() < wanted, stretch.len().abs_diff(wanted));
-        let (at, _) = self
-            .stretches
-            .iter()
-            .enumerate()
-            .min_by_key(|(_, stretch)| fits(stretch))?;
-        let stretch = self.stretches.get_mut(at)?;
-        let block = stretch.next()?;
-        if stretch.start >= stretch.end {
-            self.stretches.swap_remove(at);
+        if let Some(block) = self.stretches.last_mut().and_then(Range::next) {
+            return Some(block);
         }
-        Some(block)
+        self.stretches.pop();
+        let fits = |stretch: &Range<usize>| (stretch.len() < wanted, stretch.len().abs_diff(wanted));
+        let stretches = self.stretches.iter().enumerate();
+        let (at, _) = stretches.min_by_key(|(_, stretch)| fits(stretch))?;
+        let last = self.stretches.len() - 1;
+        self.stretches.swap(at, last);
+        self.stretches.last_mut().and_then(Range::next)
     }
 }
 

@@ -4,11 +4,12 @@
 //! that ends there may still grow, and half of what neither of the two will ever need farther: the next turn of a
 //! conversation that has ended there goes on where it is.
 
-use std::collections::HashMap;
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
 
 use crate::cache::KvCache;
 use crate::sequence::Sequence;
-use crate::types::BlockId;
+use crate::types::{BlockId, SeqId};
 
 /// Free runs to look at, the largest first. There are seldom so many that are worth it.
 const CANDIDATES: usize = 64;
@@ -25,12 +26,18 @@ struct Want {
 impl<S: Clone> KvCache<S> {
     /// The next block for a sequence, which is not among `self.sequences` at this moment.
     pub(crate) fn next_block(&self, sequence: &Sequence<S>) -> Option<BlockId> {
+        self.chosen(sequence).or_else(|| self.place(sequence, None))
+    }
+
+    /// Where the next block of a sequence is settled to be, if that is still free: behind its last, or where it is to
+    /// start.
+    pub(crate) fn chosen(&self, sequence: &Sequence<S>) -> Option<BlockId> {
         let next = sequence
             .blocks
             .last()
             .map(|last| BlockId(last.0.saturating_add(1)));
-        next.filter(|&next| self.pool.is_free(next))
-            .or_else(|| self.place(self.want(sequence)))
+        let free = |block: &BlockId| self.pool.is_free(*block);
+        next.filter(free).or(sequence.start.filter(free))
     }
 
     fn want(&self, sequence: &Sequence<S>) -> Want {
@@ -41,40 +48,58 @@ impl<S: Clone> KvCache<S> {
         }
     }
 
-    /// Where to start.
-    fn place(&self, new: Want) -> Option<BlockId> {
-        // Who may grow into the free run after their last block.
-        let growing: HashMap<u32, Want> = self
+    /// Where to start. `itself`: the sequence's name, if it is among the others.
+    pub(crate) fn place(&self, sequence: &Sequence<S>, itself: Option<SeqId>) -> Option<BlockId> {
+        let new = self.want(sequence);
+        // Where the others are going on, and how far.
+        let growing: BTreeMap<u32, Want> = self
             .sequences
-            .values()
-            .filter_map(|sequence| Some((sequence.blocks.last()?.0, self.want(sequence))))
+            .iter()
+            .filter(|&(id, _)| Some(*id) != itself)
+            .filter_map(|(_, other)| Some((self.chosen(other)?.0, self.want(other))))
             .collect();
-        let candidates = self.pool.largest_runs().take(CANDIDATES).map(|(start, len)| {
-            let before = start.checked_sub(1);
-            let old = before.and_then(|block| growing.get(&block)).copied();
-            let len = len as usize;
-            // At the start of the pool there is nobody to leave room for.
-            let start_offset = |old: usize, new: usize| {
-                let spare = len.checked_sub(old)?.checked_sub(new)?;
-                Some((spare, if before.is_some() { old + spare / 2 } else { 0 }))
-            };
-            let old = old.unwrap_or_default();
-            // Best if both get all they may ever want; then if both get what they are promised; then anyhow.
-            let (rank, spare, offset) = match (
-                start_offset(old.most, new.most),
-                start_offset(old.promised, new.promised),
-            ) {
-                (Some((spare, offset)), _) => (2, spare, offset),
-                (None, Some((spare, offset))) => (1, spare, offset),
-                (None, None) => (0, len, len.saturating_sub(new.promised.max(1))),
-            };
-            let offset = u32::try_from(offset.min(len.saturating_sub(1))).unwrap_or(0);
-            ((rank, spare), BlockId(start + offset))
-        });
-        candidates
-            .max_by_key(|&(worth, block)| (worth, std::cmp::Reverse(block)))
+        self.pool
+            .largest_runs()
+            .take(CANDIDATES)
+            .flat_map(|(start, len)| {
+                // A run in which others are to start is one for each of them, and one before.
+                let inner = growing.range(start + 1..start + len).map(|(&at, _)| at);
+                let ends = inner.clone().chain([start + len]);
+                [start].into_iter().chain(inner).zip(ends)
+            })
+            .map(|(start, end)| {
+                let old = growing.get(&start).copied().unwrap_or_default();
+                let (worth, offset) = within(old, new, (end - start) as usize, start == 0);
+                (worth, BlockId(start + offset))
+            })
+            .max_by_key(|&(worth, block)| (worth, Reverse(block)))
             .map(|(_, block)| block)
     }
+}
+
+/// Where in a free run of `len` blocks a new sequence starts if an old one goes on from the beginning of that run; and
+/// how good that is: best if both get all they may ever want, then if both get what they are promised, then anyhow.
+fn within(old: Want, new: Want, len: usize, nobody_before: bool) -> ((u8, usize), u32) {
+    let fit = |old: usize, new: usize| {
+        let spare = len.checked_sub(old)?.checked_sub(new)?;
+        // At the start of the pool there is nobody to leave room for.
+        let offset = if nobody_before && old == 0 {
+            0
+        } else {
+            old + spare / 2
+        };
+        Some((spare, offset))
+    };
+    let (worth, offset) = match (fit(old.most, new.most), fit(old.promised, new.promised)) {
+        (Some((spare, offset)), _) => ((2, spare), offset),
+        (None, Some((spare, offset))) => ((1, spare), offset),
+        // The new one is scattered whatever is done: better it than both.
+        (None, None) => ((0, len), if old.most > 0 { len / 2 } else { 0 }),
+    };
+    (
+        worth,
+        u32::try_from(offset.min(len.saturating_sub(1))).unwrap_or(0),
+    )
 }
 
 /// The runs of neighbours in a block table, as first block and length: the slices in which the engine can read the

@@ -49,6 +49,11 @@ impl BlockPool {
         self.by_length.iter().rev().map(|&(len, start)| (start, len))
     }
 
+    /// The same, the smallest first.
+    pub(crate) fn smallest_runs(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.by_length.iter().map(|&(len, start)| (start, len))
+    }
+
     pub(crate) fn refs(&self, block: BlockId) -> u32 {
         self.refs.get(block.0 as usize).copied().unwrap_or(0)
     }

@@ -23,6 +23,8 @@ pub(crate) struct Sequence<S> {
     /// Alternatives still to come, each with a credit of `per_fork` of its own.
     pub(crate) forks_left: usize,
     pub(crate) per_fork: usize,
+    /// Where its next block is to be, when it cannot be right behind its last.
+    pub(crate) start: Option<BlockId>,
     /// Snapshots of positions whose block is not in the tree yet.
     pending: Vec<Pending<S>>,
 }
@@ -46,6 +48,7 @@ impl<S> Sequence<S> {
             credit: 0,
             forks_left,
             per_fork,
+            start: None,
             pending: Vec::new(),
         }
     }

@@ -6,7 +6,7 @@
 //!
 //! Only a leaf may hold fewer tokens than a block. No sibling's tokens are a beginning of another's.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 use std::sync::Arc;
 
@@ -36,6 +36,7 @@ struct Node {
 pub(crate) struct PrefixTree {
     nodes: Vec<Option<Node>>,
     vacant: Vec<NodeId>,
+    at: HashMap<BlockId, NodeId>,
     root: Children,
     /// Unpinned leaves, least recently used first.
     evictable: BTreeSet<(u64, NodeId)>,
@@ -101,10 +102,17 @@ impl PrefixTree {
         nodes.filter_map(|(id, node)| Some((id, node.as_ref()?.block)))
     }
 
+    /// The node whose tokens lie in this block.
+    pub(crate) fn at(&self, block: BlockId) -> Option<NodeId> {
+        self.at.get(&block).copied()
+    }
+
     /// Says that the node's tokens lie in another block now.
     pub(crate) fn set_block(&mut self, id: NodeId, block: BlockId) {
         if let Some(node) = self.node_mut(id) {
-            node.block = block;
+            let before = std::mem::replace(&mut node.block, block);
+            self.at.remove(&before);
+            self.at.insert(block, id);
         }
     }
 
@@ -186,6 +194,7 @@ impl PrefixTree {
             children.insert(key, id);
         }
         self.live += 1;
+        self.at.insert(block, id);
         self.requeue(id);
         if let Some(parent) = parent {
             self.requeue(parent);
@@ -211,6 +220,7 @@ impl PrefixTree {
         }
         self.vacant.push(id);
         self.live -= 1;
+        self.at.remove(&node.block);
         if let Some(parent) = node.parent {
             self.requeue(parent);
         }

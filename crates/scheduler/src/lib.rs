@@ -62,7 +62,7 @@
 //! - **Preemption**: when the pool is dry, the last to have arrived goes back to the queue, at its old place. It keeps
 //!   its tokens, and is prefilled again from what is still cached.
 //! - **Neighbours**: wherever there is room for that, the blocks of a sequence follow one another
-//!   ([`kv_cache::runs`]); for that cached blocks are copied out of the way, at most 1 GiB at once.
+//!   ([`kv_cache::runs`]); for that blocks are copied, at most half of the pool for one sequence in one step.
 //! - **The end**: after `max_new_tokens` draws, or at the context length, a sequence is not planned again; the engine
 //!   ends it by [`Scheduler::finish`] when it has read the last draw.
 //!
