@@ -7,6 +7,8 @@
 //! `FAKE_FAIL=text` writes the text to stderr and exits 3 instead of getting ready; `FAKE_JOURNAL=file` one line per
 //! event (start, ready, stop, gone, late, disconnect); `FAKE_FORK=1` leaves a child that ignores SIGTERM in a session of its own;
 //! `FAKE_HTTP10=1` answers as HTTP/1.0, ended by closing;
+//! `FAKE_MODELS=file` answers `GET /v1/models` with the names in the file, one a line; `FAKE_REFUSE=status` answers
+//! every POST with this status;
 //! `FAKE_CHATTER=n` lines on stderr at the start.
 //!
 //! Body: `{"stream":true,"events":n,"gap_ms":t,"die_after":k}` streams n events, dies after k; `{"delay_ms":t}` answers
@@ -252,6 +254,19 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Stream>, Infallib
         return Ok(Response::new(Stream::text("broken")));
     };
     let body = body.to_bytes();
+    if parts.uri.path().ends_with("/v1/models")
+        && let Some(path) = env("FAKE_MODELS")
+    {
+        let names = std::fs::read_to_string(path).unwrap_or_default();
+        let rows: Vec<Value> = names.lines().map(|id| json!({"id": id})).collect();
+        let list = json!({"object": "list", "data": rows});
+        return Ok(Response::new(Stream::text(list.to_string())));
+    }
+    if let Some(status) = env("FAKE_REFUSE") {
+        let mut response = Response::new(Stream::text("refused"));
+        *response.status_mut() = status.parse().unwrap();
+        return Ok(response);
+    }
     if parts.method == http::Method::GET {
         return Ok(Response::new(Stream::text(parts.uri.to_string())));
     }

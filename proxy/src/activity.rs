@@ -256,6 +256,7 @@ impl Activity {
             complete: false,
             error: None,
             meter: Meter::default(),
+            server: None,
         }
     }
 
@@ -320,9 +321,16 @@ pub struct Trace {
     complete: bool,
     error: Option<String>,
     meter: Meter,
+    /// Who has served it, if not the model that it was begun for.
+    server: Option<ModelId>,
 }
 
 impl Trace {
+    /// It is another model that serves it: counted there, and shown in the row.
+    pub fn served_by(&mut self, model: ModelId) {
+        self.server = Some(model);
+    }
+
     /// It is being sent to the model's server.
     pub fn forwarded(&mut self) {
         let now = Instant::now();
@@ -394,7 +402,7 @@ impl Drop for Trace {
         let row = Row {
             id: inner.next_row,
             unix_ms: unix_ms(),
-            model: running.model.clone(),
+            model: self.server.take().unwrap_or_else(|| running.model.clone()),
             path: running.path.clone(),
             content_type: std::mem::take(&mut self.content_type),
             status,
@@ -404,7 +412,7 @@ impl Drop for Trace {
             reading: self.forwarded.and_then(|from| since(self.first_byte, from)),
             error: self.error.take(),
         };
-        let counters = inner.counters.entry(running.model.clone()).or_default();
+        let counters = inner.counters.entry(row.model.clone()).or_default();
         *counters.requests.entry(status).or_default() += 1;
         counters.prompt_tokens += usage.prompt.unwrap_or(0);
         counters.completion_tokens += usage.completion.unwrap_or(0);

@@ -8,9 +8,11 @@ use lifecycle::{Abandoned, Config, Fairness, ModelId, Policy};
 use regex::Regex;
 use registry::Registry;
 
+use crate::peers::Peers;
 use crate::process::Definition;
 use crate::residency;
 use crate::rewrite::Rewrite;
+use crate::select::Destination;
 use crate::upstream::Limits;
 
 /// One registry in force, with its names looked up once.
@@ -18,6 +20,8 @@ use crate::upstream::Limits;
 pub struct Catalog {
     /// The registry itself.
     pub registry: Arc<Registry>,
+    /// Other servers.
+    pub peers: Peers,
     names: HashMap<Box<str>, ModelId>,
     definitions: HashMap<ModelId, Arc<Definition>>,
     /// Paths below `/upstream` that never start a model.
@@ -30,6 +34,12 @@ impl Catalog {
     /// Indexes a registry.
     #[must_use]
     pub fn new(registry: Registry) -> Self {
+        Self::following(registry, None)
+    }
+
+    /// As [`Catalog::new`], with what peers are known for from the catalog before.
+    #[must_use]
+    pub fn following(registry: Registry, before: Option<&Self>) -> Self {
         let mut names = HashMap::new();
         let mut definitions = HashMap::new();
         let mut rewrites = HashMap::new();
@@ -66,6 +76,7 @@ impl Catalog {
             .collect();
         Self {
             ignored,
+            peers: Peers::new(&registry, before.map(|b| &b.peers)),
             registry: Arc::new(registry),
             names,
             definitions,
@@ -91,22 +102,34 @@ impl Catalog {
         self.ignored.iter().any(|p| p.is_match(path))
     }
 
-    /// The longest id or alias that `path` (without a leading slash) begins with, and what follows it: empty, or
-    /// beginning with a slash.
+    /// Where the longest id, alias or peer's model that `path` (without a leading slash) begins with leads, and what
+    /// follows it: empty, or beginning with a slash.
     #[must_use]
-    pub fn resolve_prefix<'a>(&self, path: &'a str) -> Option<(&ModelId, &'a str)> {
+    pub fn resolve_prefix<'a>(&self, path: &'a str) -> Option<(Destination, &'a str)> {
         let mut ends: Vec<usize> = path.match_indices('/').map(|(i, _)| i).collect();
         ends.push(path.len());
         ends.iter().rev().find_map(|end| {
             let (name, rest) = path.split_at_checked(*end)?;
-            Some((self.names.get(name)?, rest))
+            Some((self.destination(name)?, rest))
         })
+    }
+
+    /// Where an id, an alias or the name of a peer's model leads.
+    #[must_use]
+    pub fn destination(&self, name: &str) -> Option<Destination> {
+        if let Some(model) = self.names.get(name) {
+            return Some(Destination::Model(model.clone()));
+        }
+        let far = self.peers.find(name);
+        (!far.is_empty()).then_some(Destination::Peers(far))
     }
 
     /// The name most like `name`, for error messages.
     #[must_use]
-    pub fn near<'a>(&'a self, name: &str) -> Option<&'a str> {
-        knobs::closest(name, self.names.keys().map(|k| &**k))
+    pub fn near(&self, name: &str) -> Option<String> {
+        let far = self.peers.models();
+        let own = self.names.keys().map(|k| &**k);
+        knobs::closest(name, own.chain(far.keys().map(String::as_str))).map(str::to_owned)
     }
 
     /// How a model is started.

@@ -1,5 +1,6 @@
 //! Command line: llama-swap's flags with one dash or two, and the commands of our own.
 
+use std::hash::{BuildHasher, RandomState};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::path::{Path, PathBuf};
@@ -19,6 +20,7 @@ use crate::catalog::Catalog;
 use crate::house::House;
 use crate::http::App;
 use crate::logs::Logs;
+use crate::peers;
 use crate::process::supervise;
 use crate::reload::Reloader;
 use crate::tls;
@@ -320,6 +322,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
         if options.watch {
             tokio::spawn(reloader.clone().watch());
         }
+        tokio::spawn(peers::refresh::keep(house.clone(), reloader.outcomes()));
         let activity = Activity::new(rows);
         let app = Arc::new(App {
             activity,
@@ -328,6 +331,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
             profile: Mutex::new(None),
             max_body: MAX_BODY,
             started_unix: now,
+            via: format!("swapd-{:016x}", RandomState::new().hash_one(std::process::id())),
         });
         crate::serve::serve(app, listener, acceptor, ollama)
             .await

@@ -15,6 +15,7 @@
 //! | `reload`    | a changed registry put in force as a difference                                                |
 //! | `rewrite`   | filters: named keys of a body changed in place                                                 |
 //! | `process`   | one child: spawn, hand-shake, orders, end; the supervisor of foreign commands                  |
+//! | `peers`     | other servers: health, models, connections                                                     |
 //! | `upstream`  | pooled connections to one server                                                               |
 //! | `activity`  | requests in flight, the last finished ones, counters per model                                 |
 //! | `ollama`    | Ollama's API in OpenAI's terms                                                                  |
@@ -35,6 +36,7 @@ pub mod jsonscan;
 pub mod logs;
 pub mod ollama;
 mod outlet;
+pub mod peers;
 pub mod process;
 pub mod reload;
 pub mod residency;

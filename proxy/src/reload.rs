@@ -106,7 +106,8 @@ impl Reloader {
             unchanged = diff.unchanged.len(), "registry taken up"
         );
         let changed = diff.changed.iter().map(|id| id.as_str().into()).collect();
-        self.house.reload(Arc::new(Catalog::new(registry)), changed);
+        let catalog = Catalog::following(registry, Some(&old));
+        self.house.reload(Arc::new(catalog), changed);
         Ok(diff)
     }
 

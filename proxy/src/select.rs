@@ -5,14 +5,35 @@ use lifecycle::{ModelId, ModelStatus, State};
 use registry::{Selector, Strategy};
 
 use crate::catalog::Catalog;
+use crate::peers::Far;
 
 /// Where a name leads.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Choice {
-    /// The model.
-    pub model: ModelId,
+    /// The model, here or elsewhere.
+    pub to: Destination,
     /// The name of a pin's or selector's target, which takes the requested one's place in the body.
     pub target: Option<String>,
+}
+
+impl Choice {
+    /// The model, if it is one of this machine.
+    #[must_use]
+    pub fn model(&self) -> Option<&ModelId> {
+        match &self.to {
+            Destination::Model(model) => Some(model),
+            Destination::Peers(_) => None,
+        }
+    }
+}
+
+/// Who serves.
+#[derive(Clone, Debug)]
+pub enum Destination {
+    /// A model of this machine.
+    Model(ModelId),
+    /// Peers that have the model, in the order in which to ask; never empty.
+    Peers(Vec<Far>),
 }
 
 /// Why it leads nowhere.
@@ -48,11 +69,42 @@ pub fn follow(
     if let Some(selector) = registry.selectors.get(name) {
         return choose(catalog, selector, status).ok_or(Nowhere::NoTarget);
     }
-    let model = catalog.resolve(name).ok_or(Nowhere::Unknown)?.clone();
     Ok(Choice {
-        model,
+        to: catalog.destination(name).ok_or(Nowhere::Unknown)?,
         target: pinned.then(|| name.to_owned()),
     })
+}
+
+/// A selector's target that can be asked now.
+enum Target<'a> {
+    Here(&'a str, &'a ModelId, ModelStatus),
+    There(&'a str, Vec<Far>),
+}
+
+impl Target<'_> {
+    /// Requests that it has of ours, waiting ones included.
+    fn busy(&self) -> u64 {
+        match self {
+            Self::Here(_, _, s) => u64::from(s.inflight) + s.waiting as u64,
+            Self::There(_, far) => far.first().map_or(0, |f| u64::from(f.busy())),
+        }
+    }
+
+    fn is(&self, wanted: State) -> bool {
+        matches!(self, Self::Here(_, _, s) if s.state == wanted)
+    }
+
+    /// It serves without a model having to be started.
+    fn is_active(&self) -> bool {
+        match self {
+            Self::Here(..) => self.is(State::Ready) || self.is(State::Starting),
+            Self::There(_, far) => far.iter().any(|f| f.peer.rests().is_none()),
+        }
+    }
+
+    fn is_there(&self) -> bool {
+        matches!(self, Self::There(..))
+    }
 }
 
 fn choose(
@@ -60,36 +112,58 @@ fn choose(
     selector: &Selector,
     status: impl Fn(&ModelId) -> Option<ModelStatus>,
 ) -> Option<Choice> {
-    let targets: Vec<(&String, &ModelId, ModelStatus)> = selector
+    let targets: Vec<Target<'_>> = selector
         .targets
         .iter()
-        .filter_map(|t| {
-            let model = catalog.resolve(t)?;
-            Some((t, model, status(model)?))
+        .filter_map(|t| match catalog.resolve(t) {
+            Some(model) => Some(Target::Here(t, model, status(model)?)),
+            None => Some(catalog.peers.find(t))
+                .filter(|far| !far.is_empty())
+                .map(|far| Target::There(t, far)),
         })
         .collect();
-    let state = |wanted: State| targets.iter().find(move |(_, _, s)| s.state == wanted);
     let found = match selector.strategy {
         Strategy::Pin => targets.first(),
-        Strategy::Warm => state(State::Ready)
-            .or_else(|| state(State::Starting))
+        Strategy::Warm => targets
+            .iter()
+            .find(|t| t.is(State::Ready))
+            .or_else(|| targets.iter().find(|t| t.is(State::Starting)))
             .or(targets.first()),
-        Strategy::Spillover => {
-            let busy = |s: &ModelStatus| u64::from(s.inflight) + s.waiting as u64;
-            let active = targets
-                .iter()
-                .filter(|(_, _, s)| matches!(s.state, State::Ready | State::Starting));
-            let least = active.min_by_key(|(_, _, s)| busy(s));
-            match least {
-                Some(target) if busy(&target.2) < u64::from(selector.spillover) => Some(target),
-                _ => state(State::Stopped).or(least),
-            }
-        }
+        Strategy::Spillover => spill(&targets, u64::from(selector.spillover)),
     };
-    found.map(|(name, model, _)| Choice {
-        model: (*model).clone(),
-        target: Some((*name).clone()),
+    found.map(|target| match target {
+        Target::Here(name, model, _) => Choice {
+            to: Destination::Model((*model).clone()),
+            target: Some((*name).to_owned()),
+        },
+        // The other peers are there for when this one turns out not to be.
+        Target::There(name, far) => Choice {
+            to: Destination::Peers(far.clone()),
+            target: Some((*name).to_owned()),
+        },
     })
+}
+
+/// The target that is to take one more request, each of them up to `room` while another has some left.
+///
+/// Neighbours of one kind are filled together, models of this machine before the peers behind them (or the other way
+/// round, as they are listed): among models the least busy one, or a cold one when all are full; among peers the first
+/// with room. When nobody has room, the least busy of all.
+fn spill<'t, 'a>(targets: &'t [Target<'a>], room: u64) -> Option<&'t Target<'a>> {
+    for run in targets.chunk_by(|a, b| a.is_there() == b.is_there()) {
+        let mut active = run.iter().filter(|t| t.is_active());
+        let found = match run.first() {
+            Some(Target::There(..)) => active.find(|t| t.busy() < room),
+            _ => active
+                .min_by_key(|t| t.busy())
+                .filter(|t| t.busy() < room)
+                .or_else(|| run.iter().find(|t| t.is(State::Stopped))),
+        };
+        if found.is_some() {
+            return found;
+        }
+    }
+    targets.iter().filter(|t| t.is_active()).min_by_key(|t| t.busy())
 }
 
 impl Nowhere {
@@ -125,6 +199,10 @@ selectors:
   first: {strategy: pin, targets: [al, b]}
   hot: {strategy: warm, targets: [a, b]}
   wide: {strategy: spillover, targets: [a, b], settings: {spillover: 2}}
+  out: {strategy: spillover, targets: [a, near/x, far/x], settings: {spillover: 2}}
+peers:
+  near: {proxy: 'http://near', models: [x]}
+  far: {proxy: 'http://far', models: [x]}
 profiles:
   day: {pins: {main: b, a: null, sel: hot}}
 ";
@@ -155,7 +233,10 @@ profiles:
                 status(b.0, b.1)
             }
         };
-        follow(&catalog(), profile, name, of).map(|c| c.model.to_string())
+        follow(&catalog(), profile, name, of).map(|c| match c.to {
+            Destination::Model(model) => model.to_string(),
+            Destination::Peers(far) => far[0].name().to_string(),
+        })
     }
 
     #[test]
@@ -181,7 +262,36 @@ profiles:
             model(None, "wide", (Stopping, 0), (Stopping, 0)),
             Err(Nowhere::NoTarget)
         );
+        assert_eq!(model(None, "near/x", cold, cold).unwrap(), "near/x");
         let choice = follow(&catalog(), None, "first", |_| status(Stopped, 0)).unwrap();
         assert_eq!(choice.target.as_deref(), Some("al"));
+    }
+
+    #[test]
+    fn what_has_no_room_here_goes_to_peers() {
+        use State::{BackOff, Ready, Stopped};
+        let catalog = catalog();
+        let chosen = |state, inflight| {
+            let choice = follow(&catalog, None, "out", |_| status(state, inflight)).unwrap();
+            match choice.to {
+                Destination::Model(model) => model.to_string(),
+                Destination::Peers(far) => far[0].name().to_string(),
+            }
+        };
+        let at = |name: &str| catalog.peers.visit(&catalog.peers.find(name)[0]);
+        assert_eq!(chosen(Stopped, 0), "a", "this machine first, even if cold");
+        assert_eq!(chosen(Ready, 1), "a");
+        assert_eq!(chosen(Ready, 2), "near/x", "full");
+        assert_eq!(chosen(BackOff, 0), "near/x", "cannot be started");
+        let near = [at("near/x"), at("near/x")];
+        assert_eq!(chosen(Ready, 2), "far/x");
+        let far = [at("far/x"), at("far/x"), at("far/x")];
+        assert_eq!(chosen(Ready, 5), "near/x", "all full: the least busy");
+        assert_eq!(chosen(Ready, 1), "a");
+        drop((near, far));
+        let peer = catalog.peers.find("near/x")[0].peer.clone();
+        peer.failed("refused");
+        peer.failed("refused");
+        assert_eq!(chosen(Ready, 2), "far/x", "one that rests is left out");
     }
 }

@@ -73,12 +73,13 @@ pub async fn serve(
         .max()
         .unwrap_or(Duration::ZERO)
         .min(SHUTDOWN_GRACE);
-    let mut emptied = std::pin::pin!(app.house.shut_down(grace));
+    let mut emptied =
+        std::pin::pin!(async { tokio::join!(app.house.shut_down(grace), leave_peers(&app, SHUTDOWN_GRACE)) });
     loop {
         tokio::select! {
-            () = &mut emptied => break,
-            _ = terminate.recv() => app.house.order_shutdown(Duration::ZERO),
-            _ = interrupt.recv() => app.house.order_shutdown(Duration::ZERO),
+            _ = &mut emptied => break,
+            _ = terminate.recv() => end_now(&app),
+            _ = interrupt.recv() => end_now(&app),
         }
     }
     // Replies that are on their way out get a moment.
@@ -86,6 +87,30 @@ pub async fn serve(
     tracing::info!("shutdown complete");
     app.house.logs.flush(LAST_LINES).await;
     Ok(())
+}
+
+/// Waits for requests at peers; cuts them when the grace is over.
+async fn leave_peers(app: &App, grace: Duration) {
+    if tokio::time::timeout(grace, app.house.catalog().peers.quiet())
+        .await
+        .is_err()
+    {
+        cut_at_peers(app);
+    }
+}
+
+fn end_now(app: &App) {
+    app.house.order_shutdown(Duration::ZERO);
+    cut_at_peers(app);
+}
+
+fn cut_at_peers(app: &App) {
+    let catalog = app.house.catalog();
+    for request in app.activity.running() {
+        if catalog.model(&request.model).is_none() {
+            let _ = app.activity.cancel(request.id);
+        }
+    }
 }
 
 /// Accepts connections until `closed`, then waits for those that are open.

@@ -21,8 +21,9 @@ pub enum Target<'r> {
 }
 
 impl Registry {
-    /// Looks up a name: a model's id, an alias, a selector, `peer/model`, or a model that exactly one peer has, in this
-    /// order. Profiles are not applied: which of them is active is not written here.
+    /// Looks up a name: a model's id, an alias, a selector, `peer/model`, or a peer's model by its bare name, in this
+    /// order; of several peers that have it, the one that is to be asked first. Profiles are not applied: which of them
+    /// is active is not written here, and neither are models that a peer lists itself.
     #[must_use]
     pub fn find(&self, name: &str) -> Option<Target<'_>> {
         if let Some(model) = self.model(name) {
@@ -45,9 +46,16 @@ impl Registry {
         if let Some(found) = qualified {
             return Some(target(found));
         }
-        let mut bare = peer_models().filter(|(_, _, model)| *model == name);
-        let found = bare.next()?;
-        bare.next().is_none().then(|| target(found))
+        let bare = peer_models().filter(|(_, _, model)| *model == name);
+        // The first of those with the highest priority.
+        bare.reduce(|best, other| {
+            if other.1.priority > best.1.priority {
+                other
+            } else {
+                best
+            }
+        })
+        .map(target)
     }
 
     /// The model with this id or alias.

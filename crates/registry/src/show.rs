@@ -128,7 +128,8 @@ fn model(m: &Model) -> Value {
 }
 
 fn peer(p: &Peer) -> Value {
-    json!({"proxy": p.proxy, "models": p.models, "apiKey": p.api_key.as_ref().map(|_| "(hidden)"),
+    json!({"proxy": p.proxy, "models": p.models, "refresh": p.refresh.map(seconds), "priority": p.priority,
+        "apiKey": p.api_key.as_ref().map(|_| "(hidden)"),
         "filters": filters(&p.filters), "timeouts": timeouts(&p.timeouts)})
 }
 

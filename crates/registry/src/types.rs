@@ -342,8 +342,12 @@ pub struct Profile {
 pub struct Peer {
     /// Base address.
     pub proxy: String,
-    /// Its models' names, there.
+    /// Its models' names, there; empty: those that it lists, looked up every `refresh`.
     pub models: Vec<String>,
+    /// Time between two looks at its `/v1/models`; `None`: never.
+    pub refresh: Option<Duration>,
+    /// Place among peers that have the same model: higher is asked first, then the order of the file.
+    pub priority: i32,
     /// Key to present there.
     pub api_key: Option<String>,
     /// Changes to request bodies.
@@ -357,6 +361,8 @@ impl std::fmt::Debug for Peer {
         f.debug_struct("Peer")
             .field("proxy", &self.proxy)
             .field("models", &self.models)
+            .field("refresh", &self.refresh)
+            .field("priority", &self.priority)
             .field("api_key", &self.api_key.as_ref().map(|_| "(hidden)"))
             .field("filters", &self.filters)
             .field("timeouts", &self.timeouts)

@@ -61,7 +61,11 @@ fn every_name_leads_somewhere() {
     assert_eq!(id("far"), "p@https://h/v far");
     assert_eq!(id("b"), "model b", "local goes before a peer");
     assert_eq!(id("p/b"), "p@https://h/v b");
-    assert_eq!(id("both"), "nothing", "two peers have it");
+    assert_eq!(
+        id("both"),
+        "p@https://h/v both",
+        "two peers have it: the first is asked first"
+    );
     assert_eq!(id("q/both"), "q@http://h both");
     assert_eq!(id("p/org/deep"), "p@https://h/v org/deep");
     assert_eq!(id("nope"), "nothing");
@@ -146,6 +150,17 @@ fn peers_are_checked() {
     assert_eq!(peer.timeouts.response_header.unwrap().as_secs(), 60);
     assert_eq!(peer.timeouts.connect.unwrap().as_secs(), 5);
     assert_eq!(peer.filters.strip_params, ["a"]);
+    assert_eq!((peer.refresh, peer.priority), (None, 0));
+    let registry = load(
+        "peers: {p: {proxy: 'http://h', refresh: 1}, q: {proxy: 'http://i', models: [m], priority: 2}, r: {proxy: 'http://j', models: [m], priority: 3}}\n\
+         selectors: {s: {strategy: pin, targets: [p/anything, m]}}",
+    );
+    let peer = &registry.peers["p"];
+    assert_eq!((peer.refresh.unwrap().as_secs(), peer.models.len()), (5, 0));
+    assert!(matches!(
+        registry.find("m"),
+        Some(Target::Peer { peer_id: "r", .. })
+    ));
     let found = errors(
         "models: {p/m: {cmd: 'x ${PORT}'}}\npeers:\n  p: {proxy: 'http://h', models: [m]}\n  q: {models: [m]}\n  \
          r: {proxy: nonsense, models: []}\n  s: {proxy: 'http://h'}\n",
@@ -154,8 +169,8 @@ fn peers_are_checked() {
         "peers.p.models[0]: `p/m` is already the id of a model",
         "peers.q.proxy: is missing",
         "peers.r.proxy: `nonsense` is not an address",
-        "peers.r.models: needs at least one model",
-        "peers.s.models: is missing",
+        "peers.r.models: needs at least one model, or `refresh`",
+        "peers.s.models: is missing, and so is `refresh`",
     ] {
         assert!(found.iter().any(|f| f.contains(text)), "{text}\n{found:#?}");
     }

@@ -17,6 +17,7 @@ use super::ollama::Ndjson;
 use super::pending::{COMMENT, Pending, SILENCE};
 use crate::activity::Trace;
 use crate::house::{Lease, Ordered};
+use crate::peers::Visit;
 use crate::upstream;
 
 /// How long the death of a process may take to be seen after its connection was closed.
@@ -140,12 +141,21 @@ impl HttpBody for Body {
     }
 }
 
-/// A model's reply on its way through. Holds the lease until the end; dropped before it, the connection is closed, so
+/// Where a reply comes from, held until its end.
+#[derive(Debug)]
+pub enum Source {
+    /// A process of this machine.
+    Here(Lease),
+    /// A peer.
+    There(Visit),
+}
+
+/// A model's reply on its way through. Holds its source until the end; dropped before it, the connection is closed, so
 /// that the model's server stops working for nobody.
 #[derive(Debug)]
 pub struct UpstreamBody {
     state: Flow,
-    lease: Option<Lease>,
+    source: Option<Source>,
     trace: Trace,
     /// The reply is a stream of server-sent events: an error can be told in it.
     events: bool,
@@ -179,10 +189,10 @@ enum Flow {
 impl UpstreamBody {
     /// Passes `incoming` through. `events`: it is a stream of server-sent events.
     #[must_use]
-    pub fn new(incoming: upstream::Incoming, lease: Lease, trace: Trace, events: bool) -> Self {
+    pub fn new(incoming: upstream::Incoming, source: Source, trace: Trace, events: bool) -> Self {
         let mut body = Self {
             state: Flow::Open(incoming),
-            lease: Some(lease),
+            source: Some(source),
             trace,
             events,
             silence: None,
@@ -237,13 +247,20 @@ impl UpstreamBody {
                 Poll::Ready(Some(Ok(frame)))
             }
             None => {
-                if incoming.ends_on_close()
-                    && !self.trace.saw_end()
-                    && let Some(lease) = &self.lease
-                {
-                    let process = lease.process.clone();
-                    self.state = Flow::Closing(Verdict(Box::pin(async move { process.ended(DEATH).await })));
-                    return self.poll(cx);
+                if incoming.ends_on_close() && !self.trace.saw_end() {
+                    match &self.source {
+                        Some(Source::Here(lease)) => {
+                            let process = lease.process.clone();
+                            let verdict = async move { process.ended(DEATH).await };
+                            self.state = Flow::Closing(Verdict(Box::pin(verdict)));
+                            return self.poll(cx);
+                        }
+                        // Nobody can be asked; the streams that clients know have a mark at their end.
+                        Some(Source::There(_)) if self.events => {
+                            return self.break_off(cx, &"closed before the end mark");
+                        }
+                        _ => {}
+                    }
                 }
                 self.finish();
                 Poll::Ready(None)
@@ -281,7 +298,7 @@ impl UpstreamBody {
         self.trace.complete();
         self.state = Flow::Done;
         self.trace.running.wire.detach();
-        self.lease = None;
+        self.source = None;
     }
 
     /// Ends the reply with an error, once what was handed out before is on its way.
@@ -290,14 +307,14 @@ impl UpstreamBody {
         cx: &Context<'_>,
         error: &dyn std::fmt::Display,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        self.lease = None;
+        let server = match self.source.take() {
+            Some(Source::There(visit)) => format!("peer '{}' broke off", visit.far.peer.id),
+            _ => format!("the server of model '{}' died", self.trace.running.model),
+        };
         let model = &self.trace.running.model;
         let (code, message) = match self.trace.running.wire.ordered() {
             Some(Ordered::Cancelled) => ("cancelled", "the request was cancelled".to_owned()),
-            None => (
-                "upstream_died",
-                format!("the server of model '{model}' died in the middle of its reply"),
-            ),
+            None => ("upstream_died", format!("{server} in the middle of its reply")),
             Some(Ordered::Cut(CutReason::Unloaded)) => (
                 "unloaded",
                 format!("model '{model}' was unloaded and the grace is over"),

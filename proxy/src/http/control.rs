@@ -41,14 +41,17 @@ pub(super) async fn answer(
             &request,
         )),
         Route::Model(name) => {
-            let Some(id) = catalog.resolve(&name) else {
+            let Some((id, row)) = listing::one(app, catalog, &name) else {
                 return Err(error::unknown_model(catalog, &name));
             };
-            if !access.permits(id, &name) {
+            if !access.permits(&id, &name) {
                 return Err(error::not_permitted(&name));
             }
-            let row = catalog.model(id).map(|m| Value::Object(listing::model(app, m)));
-            Ok(json_reply(&row.unwrap_or_default()))
+            Ok(json_reply(&Value::Object(row)))
+        }
+        Route::Peers => {
+            let peers: Vec<Value> = catalog.peers.iter().map(|p| p.to_json()).collect();
+            Ok(json_reply(&json!({"peers": peers})))
         }
         Route::Metrics => Ok(metrics::answer(app)),
         Route::Activity => activity::rows(app, request.uri().query()).map(|v| json_reply(&v)),

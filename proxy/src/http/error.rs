@@ -25,18 +25,17 @@ pub fn reply(error: &ApiError) -> Response<Body> {
 /// 404 for a name that no model answers to.
 #[must_use]
 pub fn unknown_model(catalog: &Catalog, name: &str) -> ApiError {
-    let hint = match catalog.near(name) {
+    let near = catalog.near(name);
+    let hint = match near {
         Some(near) => format!("did you mean '{near}'?"),
-        None if catalog.registry.models.is_empty() => "no model is configured".to_owned(),
         None => {
-            let known: Vec<&str> = catalog
-                .registry
-                .models
-                .keys()
-                .map(String::as_str)
-                .take(10)
-                .collect();
-            format!("configured: {}", known.join(", "))
+            let own = catalog.registry.models.keys().cloned();
+            let known: Vec<String> = own.chain(catalog.peers.models().into_keys()).take(10).collect();
+            if known.is_empty() {
+                "no model is configured".to_owned()
+            } else {
+                format!("configured: {}", known.join(", "))
+            }
         }
     };
     ApiError::model_not_found(format!("model '{name}' not found; {hint}"))
@@ -120,7 +119,8 @@ pub fn no_reply(model: &ModelId, error: &upstream::Error, log_tail: &str) -> Api
     }
 }
 
-fn bad_gateway(code: &'static str, message: String) -> ApiError {
+/// 502 with this code.
+pub(super) fn bad_gateway(code: &'static str, message: String) -> ApiError {
     ApiError {
         status: 502,
         message,

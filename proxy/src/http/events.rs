@@ -57,7 +57,12 @@ fn models(app: &App) -> Bytes {
             "waiting": status.waiting,
         }))
     });
-    event("modelStatus", &Value::Array(rows.collect()))
+    let far = catalog.peers.models().into_iter().map(|(id, far)| {
+        let state = if far.peer.is_up() { "ready" } else { "backoff" };
+        json!({"id": id, "name": format!("{}: {}", far.peer.id, far.model), "description": "", "state": state,
+               "unlisted": false, "peerID": far.peer.id, "aliases": [], "inflight": far.busy(), "waiting": 0})
+    });
+    event("modelStatus", &Value::Array(rows.chain(far).collect()))
 }
 
 fn registry(app: &App) -> Bytes {

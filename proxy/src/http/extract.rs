@@ -6,6 +6,7 @@ use api_types::error::ApiError;
 use bytes::Bytes;
 use http::HeaderMap;
 use http::header::CONTENT_TYPE;
+use http::uri::PathAndQuery;
 use memchr::memmem;
 
 use super::routes::decode;
@@ -186,6 +187,20 @@ pub fn replace_name(body: &Bytes, place: &Place, name: &str) -> Bytes {
     out.into()
 }
 
+/// The path with another name in its query's `model`.
+#[must_use]
+pub fn replace_in_query(path: &PathAndQuery, name: &str) -> PathAndQuery {
+    let Some(query) = path.query() else {
+        return path.clone();
+    };
+    let pairs = query.split('&').map(|pair| match pair.split_once('=') {
+        Some(("model", _)) => format!("model={}", encode(name)),
+        _ => pair.to_owned(),
+    });
+    let changed = format!("{}?{}", path.path(), pairs.collect::<Vec<_>>().join("&"));
+    changed.parse().unwrap_or_else(|_| path.clone())
+}
+
 fn encode(text: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~".contains(&b);
     text.bytes()
@@ -245,5 +260,7 @@ mod tests {
         assert_eq!(changed, "a=model=x&model=q%20r&b=2");
         assert_eq!(from_query(Some("x=1&model=a%20b")).unwrap(), "a b");
         assert!(from_query(None).is_err());
+        let path = PathAndQuery::from_static("/v1/x?a=b&model=p%2Fm&c");
+        assert_eq!(replace_in_query(&path, "o/m n"), "/v1/x?a=b&model=o%2Fm%20n&c");
     }
 }

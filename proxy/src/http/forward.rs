@@ -15,16 +15,16 @@ use lifecycle::{ModelId, State};
 
 use super::App;
 use super::auth::Access;
-use super::body::{self, Body, ReadError, UpstreamBody};
+use super::body::{self, Body, ReadError, Source, UpstreamBody};
 use super::error;
 use super::extract::{self, Place};
 use super::pending::{self, SILENCE, Shown, Work};
-use super::{routes, websocket};
+use super::{peer, routes, websocket};
 use crate::activity::Trace;
 use crate::catalog::Catalog;
 use crate::house::{Lease, Ordered};
 use crate::rewrite::Rewrite;
-use crate::select::{self, Choice, Nowhere};
+use crate::select::{self, Choice, Destination, Nowhere};
 use crate::upstream;
 
 /// Headers that belong to one connection (RFC 9110, section 7.6.1), and those that hyper sets itself.
@@ -50,7 +50,7 @@ const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 /// How long a process whose connection failed may take to be seen dead.
 const DYING: Duration = Duration::from_millis(100);
 
-const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
+pub(super) const ACCEL_BUFFERING: HeaderName = HeaderName::from_static("x-accel-buffering");
 
 /// Forwards to the model that the body, or without one the query, names.
 pub(super) async fn by_name(
@@ -64,7 +64,12 @@ pub(super) async fn by_name(
     if websocket::is_upgrade(request.headers()) {
         let choice = find(&extract::from_query(request.uri().query())?)?;
         let path = routes::upstream_path(path_of(request.uri()));
-        return websocket::forward(app, client, &choice.model, request, &path).await;
+        return match choice.to {
+            Destination::Model(model) => websocket::forward(app, client, &model, request, &path).await,
+            Destination::Peers(far) => {
+                peer::upgrade(app, catalog, request, far, path, Some(Place::Query)).await
+            }
+        };
     }
     let (parts, incoming) = request.into_parts();
     let (name, place, body) = if matches!(parts.method, http::Method::GET | http::Method::HEAD) {
@@ -92,11 +97,24 @@ pub(super) async fn by_name(
 pub(super) fn choose(app: &App, catalog: &Catalog, access: &Access, name: &str) -> Result<Choice, ApiError> {
     let profile = app.profile.lock().clone();
     let choice = select::follow(catalog, profile.as_deref(), name, |m| app.house.status(m));
-    let choice = choice.map_err(|e| e.to_error(catalog, name))?;
-    if access.permits(&choice.model, name) {
+    let mut choice = choice.map_err(|e| e.to_error(catalog, name))?;
+    if permitted(&mut choice.to, access, name) {
         Ok(choice)
     } else {
         Err(error::not_permitted(name))
+    }
+}
+
+/// Whether a client may use what it asked for by this name; of several peers, only those that it may use are left.
+fn permitted(to: &mut Destination, access: &Access, name: &str) -> bool {
+    match to {
+        Destination::Model(model) => access.permits(model, name),
+        Destination::Peers(far) => {
+            if *access != Access::All {
+                far.retain(|f| access.permits(&f.name(), name));
+            }
+            !far.is_empty()
+        }
     }
 }
 
@@ -113,8 +131,6 @@ pub(super) async fn named(
     path: PathAndQuery,
     body: Bytes,
 ) -> Result<Response<Body>, ApiError> {
-    let model = &choice.model;
-    let body = filtered(catalog, choice, name, place, body)?;
     if matches!(place, Place::Json { .. }) && !extract::is_json(&parts.headers) {
         // curl's default: the body is JSON all the same, and the model's server should be told so.
         parts
@@ -124,22 +140,38 @@ pub(super) async fn named(
     // Tokens are counted from the reply as it passes, and events may be put into it: it has to come as it is.
     parts.headers.remove(header::ACCEPT_ENCODING);
     let streams = matches!(place, Place::Json { stream: true });
+    let model = match &choice.to {
+        Destination::Model(model) => model,
+        Destination::Peers(far) => {
+            let ask = peer::Ask {
+                far: far.clone(),
+                name: choice.target.as_deref().unwrap_or(name).to_owned(),
+                place: Some(place.clone()),
+                path,
+                parts,
+                body,
+            };
+            return peer::serve(app, catalog, client, ask).await;
+        }
+    };
+    let body = filtered(catalog, model, choice.target.as_deref(), name, place, body)?;
     serve(app, catalog, client, model, parts, path, body, streams).await
 }
 
 /// The body as the model's server is to see it.
 fn filtered(
     catalog: &Catalog,
-    choice: &Choice,
+    model: &ModelId,
+    target: Option<&str>,
     name: &str,
     place: &Place,
     body: Bytes,
 ) -> Result<Bytes, ApiError> {
-    let Some(entry) = catalog.model(&choice.model) else {
+    let Some(entry) = catalog.model(model) else {
         return Ok(body);
     };
-    let real = entry.use_model_name.as_deref().or(choice.target.as_deref());
-    let changed = match (place, &choice.target) {
+    let real = entry.use_model_name.as_deref().or(target);
+    let changed = match (place, target) {
         (Place::Json { .. }, None) => catalog.rewrite(name).map(|r| r.apply(&body)),
         // A selector's or a pin's target: the filters of that name, which are not prepared.
         (Place::Json { .. }, Some(target)) => {
@@ -184,14 +216,14 @@ pub(super) async fn by_path(
     let pinned = pinned_path(app, catalog, &unslashed)?;
     let asked = unslashed.len();
     let unslashed = pinned.unwrap_or(unslashed);
-    let Some((model, rest)) = catalog.resolve_prefix(&unslashed) else {
+    let Some((mut to, rest)) = catalog.resolve_prefix(&unslashed) else {
         return Err(error::unknown_model(
             catalog,
             raw.split('/').next().unwrap_or_default(),
         ));
     };
     let name = unslashed.strip_suffix(rest).unwrap_or_default();
-    if !access.permits(model, name) {
+    if !permitted(&mut to, access, name) {
         return Err(error::not_permitted(name));
     }
     let written = as_written(raw, asked.saturating_sub(rest.len()));
@@ -202,13 +234,19 @@ pub(super) async fn by_path(
         let path = path
             .parse()
             .map_err(|_| ApiError::bad_request(format!("the path {path} is malformed")))?;
-        return websocket::forward(app, client, model, request, &path).await;
+        return match to {
+            Destination::Model(model) => websocket::forward(app, client, &model, request, &path).await,
+            Destination::Peers(far) => peer::upgrade(app, catalog, request, far, path, None).await,
+        };
     }
     let (parts, incoming) = request.into_parts();
     if rest.is_empty() {
         return Ok(redirect(&parts, &format!("{}/{query}", parts.uri.path())));
     }
-    if catalog.never_starts(rest) && app.house.status(model).is_none_or(|s| s.state != State::Ready) {
+    if let Destination::Model(model) = &to
+        && catalog.never_starts(rest)
+        && app.house.status(model).is_none_or(|s| s.state != State::Ready)
+    {
         return Err(error::not_loaded(model, rest));
     }
     let path = format!("{written}{query}");
@@ -216,7 +254,29 @@ pub(super) async fn by_path(
         .parse()
         .map_err(|_| ApiError::bad_request(format!("the path {path} is malformed")))?;
     let body = read(app, incoming).await?;
-    serve(app, catalog, client, model, parts, path, body, false).await
+    match to {
+        Destination::Model(model) => serve(app, catalog, client, &model, parts, path, body, false).await,
+        Destination::Peers(far) => {
+            let ask = peer::Ask {
+                far,
+                name: name.to_owned(),
+                place: named_in_body(&parts, &path, &body),
+                path,
+                parts,
+                body,
+            };
+            peer::serve(app, catalog, client, ask).await
+        }
+    }
+}
+
+/// Where the body of a request below `/upstream` names the model, if its path is one whose body does.
+fn named_in_body(parts: &Parts, path: &PathAndQuery, body: &Bytes) -> Option<Place> {
+    if routes::find(&parts.method, path.path()) != Ok(routes::Route::Inference) || body.is_empty() {
+        return None;
+    }
+    let kind = parts.headers.get(header::CONTENT_TYPE)?.to_str().ok()?;
+    extract::from_body(kind, body).ok().map(|(_, place)| place)
 }
 
 /// What follows the first `name` bytes of `raw`, where an encoded slash counts as one byte. It begins with a slash, and
@@ -310,12 +370,21 @@ async fn serve(
     if !streams {
         return work.await;
     }
-    let mut work: Work = Box::pin(work);
+    let work: Work = Box::pin(work);
     let (patience, shown) = if shows {
         (Duration::ZERO, Shown::Progress(model.to_string()))
     } else {
         (SILENCE, Shown::Comments)
     };
+    early(work, patience, shown).await
+}
+
+/// The reply of this work, or after `patience` one that begins before it is there.
+pub(super) async fn early(
+    mut work: Work,
+    patience: Duration,
+    shown: Shown,
+) -> Result<Response<Body>, ApiError> {
     // Looked at once even without patience: what is refused at once is refused with its own status.
     match tokio::time::timeout(patience, &mut work).await {
         Ok(result) => result,
@@ -340,7 +409,7 @@ async fn work(
         result = exchange(&app, &model, request, &path, &mut trace) => result,
     };
     match result {
-        Ok((response, lease)) => Ok(pass_back(response, lease, trace)),
+        Ok((response, lease)) => Ok(pass_back(response, Source::Here(lease), trace)),
         Err(error) => {
             trace.failed(error.status, &error.message);
             Err(error)
@@ -398,7 +467,11 @@ pub(super) fn prefixed(prefix: &str, path: &PathAndQuery) -> Result<Uri, ApiErro
         .map_err(|_| ApiError::bad_request(format!("the path {whole} is malformed")))
 }
 
-fn pass_back(response: Response<upstream::Incoming>, lease: Lease, mut trace: Trace) -> Response<Body> {
+pub(super) fn pass_back(
+    response: Response<upstream::Incoming>,
+    source: Source,
+    mut trace: Trace,
+) -> Response<Body> {
     let (mut parts, incoming) = response.into_parts();
     drop_hop_by_hop(&mut parts.headers);
     let kind = parts
@@ -419,11 +492,11 @@ fn pass_back(response: Response<upstream::Incoming>, lease: Lease, mut trace: Tr
     }
     Response::from_parts(
         parts,
-        Body::Upstream(Box::new(UpstreamBody::new(incoming, lease, trace, events))),
+        Body::Upstream(Box::new(UpstreamBody::new(incoming, source, trace, events))),
     )
 }
 
-fn drop_hop_by_hop(headers: &mut HeaderMap) {
+pub(super) fn drop_hop_by_hop(headers: &mut HeaderMap) {
     // Headers named in `Connection` belong to the connection too.
     let named: Vec<HeaderName> = headers
         .get_all(header::CONNECTION)

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 use super::App;
 use super::auth::Access;
 use crate::catalog::Catalog;
+use crate::peers::Far;
 
 /// `GET /v1/models`: what this client may use.
 #[must_use]
@@ -31,13 +32,12 @@ pub fn models(app: &App, catalog: &Catalog, access: &Access) -> Value {
         .iter()
         .filter(|(id, s)| !s.unlisted && access.permits(id, id))
     {
-        let mut own =
-            object(json!({"type": "selector", "strategy": strategy(selector), "targets": selector.targets}));
-        own.extend(selector.metadata.clone());
-        rows.push((
-            id.clone(),
-            Value::Object(bare_row(app, id, own, &selector.name, &selector.description)),
-        ));
+        rows.push((id.clone(), Value::Object(selector_row(app, id, selector))));
+    }
+    for (id, far) in catalog.peers.models() {
+        if access.permits(&id, &id) {
+            rows.push((id.clone(), Value::Object(peer_row(app, &id, &far))));
+        }
     }
     let active = app
         .profile
@@ -46,8 +46,9 @@ pub fn models(app: &App, catalog: &Catalog, access: &Access) -> Value {
         .and_then(|p| catalog.registry.profiles.get(&p));
     for (id, target) in active.iter().flat_map(|p| &p.pins) {
         // Only names that are not there without the profile.
-        let new =
-            target.is_some() && catalog.resolve(id).is_none() && !catalog.registry.selectors.contains_key(id);
+        let new = target.is_some()
+            && catalog.destination(id).is_none()
+            && !catalog.registry.selectors.contains_key(id);
         if new && access.permits(id, id) {
             let own = object(json!({"type": "profile", "modelID": target}));
             rows.push((id.clone(), Value::Object(bare_row(app, id, own, &None, &None))));
@@ -56,6 +57,35 @@ pub fn models(app: &App, catalog: &Catalog, access: &Access) -> Value {
     rows.sort_by(|a, b| a.0.cmp(&b.0));
     let rows: Vec<Value> = rows.into_iter().map(|(_, row)| row).collect();
     json!({"object": "list", "data": rows})
+}
+
+/// The row of one name, and the id under which permissions know it.
+#[must_use]
+pub fn one(app: &App, catalog: &Catalog, name: &str) -> Option<(String, Map<String, Value>)> {
+    if let Some(entry) = catalog.resolve(name).and_then(|id| catalog.model(id)) {
+        return Some((entry.id.clone(), model(app, entry)));
+    }
+    if let Some(selector) = catalog.registry.selectors.get(name) {
+        return Some((name.to_owned(), selector_row(app, name, selector)));
+    }
+    let far = catalog.peers.find(name).into_iter().next()?;
+    let id = far.name().to_string();
+    let row = peer_row(app, &id, &far);
+    Some((id, row))
+}
+
+fn selector_row(app: &App, id: &str, selector: &registry::Selector) -> Map<String, Value> {
+    let mut own = object(json!({
+        "type": "selector", "strategy": strategy(selector), "targets": selector.targets, "spillover": selector.spillover,
+    }));
+    own.extend(selector.metadata.clone());
+    bare_row(app, id, own, &selector.name, &selector.description)
+}
+
+fn peer_row(app: &App, id: &str, far: &Far) -> Map<String, Value> {
+    let own = object(json!({"type": "peer", "peerID": far.peer.id, "modelID": far.model}));
+    let name = Some(format!("{}: {}", far.peer.id, far.model));
+    bare_row(app, id, own, &name, &None)
 }
 
 /// One row of it.

@@ -66,6 +66,7 @@ pub fn answer(app: &App) -> Response<Body> {
     let mut page = Page::default();
     requests(app, &mut page);
     models(app, &mut page);
+    peers(app, &mut page);
     host(&mut page);
     let mut response = Response::new(Body::Full(page.0.into()));
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
@@ -217,6 +218,29 @@ fn models(app: &App, page: &mut Page) {
         if let Some(beat) = *process.heartbeat.lock() {
             page.sample("swapd_worker_steps_total", &[("model", model)], beat.steps);
         }
+    }
+}
+
+fn peers(app: &App, page: &mut Page) {
+    let catalog = app.house.catalog();
+    if catalog.peers.iter().next().is_none() {
+        return;
+    }
+    page.family(
+        "swapd_peer_up",
+        "gauge",
+        "0 when the peer could not be reached the last time.",
+    );
+    for peer in catalog.peers.iter() {
+        page.sample("swapd_peer_up", &[("peer", &peer.id)], u8::from(peer.is_up()));
+    }
+    page.family(
+        "swapd_peer_inflight_requests",
+        "gauge",
+        "Requests that the peer has of ours.",
+    );
+    for peer in catalog.peers.iter() {
+        page.sample("swapd_peer_inflight_requests", &[("peer", &peer.id)], peer.busy());
     }
 }
 

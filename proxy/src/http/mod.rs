@@ -11,6 +11,7 @@ pub mod forward;
 pub mod listing;
 pub mod metrics;
 pub mod ollama;
+mod peer;
 pub mod pending;
 pub mod routes;
 pub mod websocket;
@@ -47,6 +48,8 @@ pub struct App {
     pub max_body: usize,
     /// Unix time of the start, seconds: `created` of the models.
     pub started_unix: u64,
+    /// How this proxy calls itself in `Via`, no two alike.
+    pub via: String,
 }
 
 /// Answers a request to the port that is Ollama's alone, where nothing else is served.

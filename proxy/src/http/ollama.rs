@@ -90,9 +90,10 @@ pub(super) async fn answer(
         keep_alive,
     } = asked;
     let (choice, name) = choose(app, catalog, access, &written)?;
-    let keep = keep_alive.map(|time| Keep {
+    // What a peer keeps is its own affair.
+    let keep = keep_alive.zip(choice.model()).map(|(time, model)| Keep {
         house: app.house.clone(),
-        model: choice.model.clone(),
+        model: model.clone(),
         time,
     });
     let errand = Errand {
@@ -106,11 +107,11 @@ pub(super) async fn answer(
     match wanted {
         Wanted::Load(shape) | Wanted::Unload(shape) if matches!(call, Call::Chat | Call::Generate) => {
             let unload = matches!(wanted, Wanted::Unload(_));
-            if !unload {
+            if let Some(model) = choice.model().filter(|_| !unload) {
                 app.house
-                    .load(&choice.model)
+                    .load(model)
                     .await
-                    .map_err(|r| error::rejected(&choice.model, &r))?;
+                    .map_err(|r| error::rejected(model, &r))?;
             }
             drop(keep);
             let voice = Voice {
@@ -121,11 +122,11 @@ pub(super) async fn answer(
             Ok(json_reply(&voice.nothing(&rfc3339(unix_ms()), reason)))
         }
         Wanted::Load(_) | Wanted::Unload(_) => {
-            if matches!(wanted, Wanted::Load(_)) {
+            if let Some(model) = choice.model().filter(|_| matches!(wanted, Wanted::Load(_))) {
                 app.house
-                    .load(&choice.model)
+                    .load(model)
                     .await
-                    .map_err(|r| error::rejected(&choice.model, &r))?;
+                    .map_err(|r| error::rejected(model, &r))?;
             }
             let nothing = if call == Call::Embed {
                 json!({"model": written, "embeddings": []})
@@ -563,7 +564,8 @@ async fn show(
 ) -> Result<Response<Body>, ApiError> {
     let (_, written) = request::object(body)?;
     let (choice, _) = choose(app, catalog, access, &written)?;
-    let model = catalog.model(&choice.model).cloned().into_iter().collect();
+    let model = choice.model().and_then(|m| catalog.model(m));
+    let model = model.cloned().into_iter().collect();
     let found = facts(model).await;
     let Some((model, facts)) = found.first() else {
         return Err(error::unknown_model(catalog, &written));

@@ -48,6 +48,8 @@ pub enum Route {
     Profiles,
     /// Switch a profile on or off.
     ActiveProfile,
+    /// Other servers and how they are.
+    Peers,
     /// Take up the registry's file now.
     Reload,
     /// Program and version.
@@ -132,6 +134,7 @@ pub fn find(method: &Method, path: &str) -> Result<Route, NoRoute> {
         "/logs" => return get(Route::Logs),
         "/logs/stream" => return get(Route::LogStream(None)),
         "/api/version" => return get(Route::Version),
+        "/api/peers" => return get(Route::Peers),
         "/api/profiles" => return get(Route::Profiles),
         "/api/profiles/active" if method == Method::PUT => return Ok(Route::ActiveProfile),
         "/api/profiles/active" => return Err(NoRoute::Method("PUT")),

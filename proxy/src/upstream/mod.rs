@@ -3,8 +3,11 @@
 //! One connection carries one request at a time. It goes back to the pool by itself when its reply has been read to
 //! the end; dropped at any other moment it is closed at once, so that the server notices that nobody listens any more.
 //!
-//! Layout: `codec` heads and chunks of HTTP/1.1; `conn` one connection and the reply that comes over it.
+//! A peer's server is reached in the same way, through TLS if its address says so.
+//!
+//! Layout: `address` base addresses; `codec` heads and chunks of HTTP/1.1; `conn` one connection and the reply that comes over it.
 
+mod address;
 mod codec;
 mod conn;
 
@@ -15,10 +18,16 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http::{Request, Response};
 use parking_lot::Mutex;
+use registry::Timeouts;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::pki_types::ServerName;
 
+pub use self::address::Address;
 pub use self::conn::{Closer, Incoming, Link};
 use self::conn::{Conn, Outgoing};
+use crate::tls;
 
 /// Most unused connections kept.
 const MAX_IDLE: usize = 256;
@@ -63,7 +72,16 @@ pub struct Pool {
     /// For requests that name no host.
     authority: String,
     limits: Limits,
+    /// What only servers on other machines need.
+    far: Option<Far>,
     idle: Mutex<VecDeque<Idle>>,
+}
+
+#[derive(Debug)]
+struct Far {
+    tls: bool,
+    handshake: Option<Duration>,
+    keepalive: Option<Duration>,
 }
 
 #[derive(Debug)]
@@ -81,6 +99,29 @@ impl Pool {
             port,
             authority: format!("{host}:{port}"),
             limits,
+            far: None,
+            idle: Mutex::default(),
+        })
+    }
+
+    /// An empty pool of a server on another machine.
+    #[must_use]
+    pub fn far(address: &Address, timeouts: &Timeouts) -> Arc<Self> {
+        let Address { tls, host, port, .. } = address;
+        Arc::new(Self {
+            host: host.clone(),
+            port: *port,
+            authority: address.authority.clone(),
+            limits: Limits {
+                connect: timeouts.connect,
+                response_header: timeouts.response_header,
+                idle: timeouts.idle_conn,
+            },
+            far: Some(Far {
+                tls: *tls,
+                handshake: timeouts.tls_handshake,
+                keepalive: timeouts.keepalive,
+            }),
             idle: Mutex::default(),
         })
     }
@@ -171,15 +212,47 @@ impl Pool {
 
     async fn connect(&self) -> Result<Conn, Error> {
         let connecting = TcpStream::connect((self.host.as_str(), self.port));
-        let stream = match self.limits.connect {
-            None => connecting.await,
-            Some(limit) => tokio::time::timeout(limit, connecting)
-                .await
-                .unwrap_or_else(|_| Err(std::io::Error::from(std::io::ErrorKind::TimedOut))),
-        };
-        let stream = stream.map_err(Error::Connect)?;
+        let stream = within(self.limits.connect, connecting)
+            .await
+            .map_err(Error::Connect)?;
         stream.set_nodelay(true).map_err(Error::Connect)?;
+        match &self.far {
+            None => Ok(Conn::new(Box::new(stream))),
+            Some(far) => far.dress(&self.host, stream).await.map_err(Error::Connect),
+        }
+    }
+}
+
+impl Far {
+    async fn dress(&self, host: &str, stream: TcpStream) -> std::io::Result<Conn> {
+        if let Some(every) = self.keepalive {
+            // A machine that went away says nothing: this finds it out.
+            let probes = TcpKeepalive::new().with_time(every).with_interval(every);
+            if let Err(error) = SockRef::from(&stream).set_tcp_keepalive(&probes) {
+                tracing::debug!(%error, "TCP keep-alive");
+            }
+        }
+        if !self.tls {
+            return Ok(Conn::new(Box::new(stream)));
+        }
+        let fail = |e: &dyn std::fmt::Display| std::io::Error::other(format!("no TLS: {e}"));
+        let config = tls::client().await.map_err(|e| fail(&e))?;
+        let name = ServerName::try_from(host.to_owned()).map_err(|e| fail(&e))?;
+        let shaking = TlsConnector::from(config).connect(name, stream);
+        let stream = within(self.handshake, shaking).await.map_err(|e| fail(&e))?;
         Ok(Conn::new(Box::new(stream)))
+    }
+}
+
+async fn within<T>(
+    limit: Option<Duration>,
+    work: impl Future<Output = std::io::Result<T>>,
+) -> std::io::Result<T> {
+    match limit {
+        None => work.await,
+        Some(limit) => tokio::time::timeout(limit, work)
+            .await
+            .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into())),
     }
 }
 

@@ -76,6 +76,10 @@ impl Swapd {
     }
 
     pub fn start_with(config: &str, args: &[&str]) -> Self {
+        Self::start_env(config, args, &[])
+    }
+
+    pub fn start_env(config: &str, args: &[&str], env: &[(&str, &str)]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.yaml");
         // Tests run side by side, each with a range of ports of its own.
@@ -93,6 +97,7 @@ impl Swapd {
             .args(["--config", path.to_str().unwrap(), "--listen", "127.0.0.1:0"])
             .args(args)
             .env("SWAPD_WORKER", fakeworker())
+            .envs(env.iter().copied())
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::inherit())

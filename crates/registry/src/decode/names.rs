@@ -1,15 +1,19 @@
 //! Names: what they stand for, that none stands for two things, and that every reference leads somewhere.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use indexmap::IndexMap;
 
 use super::model::{base_address, filters, timeouts};
-use super::read::{flag, number, object, strings, text, texts};
+use super::read::{flag, number, object, seconds, strings, text, texts};
 use crate::check::join;
 use crate::diagnostic::{Code, Findings, Pos};
 use crate::types::{Model, Peer, Profile, Selector, Strategy};
 use crate::yaml::Node;
+
+/// Shortest time between two looks at a peer.
+const MIN_REFRESH: Duration = Duration::from_secs(5);
 
 /// What a name stands for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +30,8 @@ pub(super) enum Meaning {
 #[derive(Debug, Default)]
 pub(super) struct Names {
     known: BTreeMap<String, Meaning>,
+    /// `peer/` of every peer whose models are not written here.
+    open: Vec<String>,
 }
 
 impl Names {
@@ -120,11 +126,14 @@ impl Names {
         }
     }
 
-    /// Adds every `peer/model`. Returns the bare names that exactly one peer has.
-    fn add_peers(&mut self, root: &Node, findings: &mut Findings) -> Vec<String> {
-        let mut bare: BTreeMap<String, usize> = BTreeMap::new();
+    /// Adds every `peer/model`. Returns the bare names.
+    fn add_peers(&mut self, root: &Node, findings: &mut Findings) -> BTreeSet<String> {
+        let mut bare = BTreeSet::new();
         for peer in root.get("peers").map(Node::entries).unwrap_or_default() {
             let mut own: Vec<String> = Vec::new();
+            if texts(&peer.value, "models").is_empty() {
+                self.open.push(format!("{}/", peer.key));
+            }
             for (i, (item, model)) in texts(&peer.value, "models").into_iter().enumerate() {
                 let path = format!("peers.{}.models[{i}]", peer.key);
                 if model.is_empty() {
@@ -147,14 +156,11 @@ impl Names {
                     &path,
                     findings,
                 );
-                *bare.entry(model.clone()).or_default() += 1;
+                bare.insert(model.clone());
                 own.push(model);
             }
         }
-        bare.into_iter()
-            .filter(|(_, owners)| *owners == 1)
-            .map(|(model, _)| model)
-            .collect()
+        bare
     }
 
     /// The id of the model that a name stands for.
@@ -166,7 +172,11 @@ impl Names {
     }
 
     pub(super) fn get(&self, name: &str) -> Option<&Meaning> {
-        self.known.get(name)
+        let open = || {
+            let at = |peer: &String| name.strip_prefix(peer.as_str()).is_some_and(|m| !m.is_empty());
+            self.open.iter().any(at).then_some(&Meaning::Peer)
+        };
+        self.known.get(name).or_else(open)
     }
 
     /// ` is no known model; did you mean ...?`
@@ -191,19 +201,25 @@ pub(super) fn peers(root: &Node, findings: &mut Findings) -> IndexMap<String, Pe
                 models.push(model);
             }
         }
-        if let Some(list) = node.get("models").filter(|n| !n.is_null())
-            && models.is_empty()
-        {
+        let refresh = seconds(node, "refresh").filter(|t| !t.is_zero());
+        if models.is_empty() && refresh.is_none() {
+            let list = node.get("models").filter(|n| !n.is_null());
+            let message = match list {
+                Some(_) => "needs at least one model, or `refresh` beside it",
+                None => "is missing, and so is `refresh`, which finds the models out",
+            };
             findings.error(
                 Code::Missing,
-                list.at,
+                list.map_or(entry.at, |n| n.at),
                 join(&path, "models"),
-                "needs at least one model",
+                message,
             );
         }
         let peer = Peer {
             proxy: proxy.trim_end_matches('/').to_owned(),
             models,
+            refresh: refresh.map(|t| t.max(MIN_REFRESH)),
+            priority: number(node, "priority").unwrap_or(0),
             api_key: text(node, "apiKey"),
             filters: node
                 .get("filters")

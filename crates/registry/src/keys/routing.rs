@@ -220,7 +220,27 @@ pub(super) static PEER: Object = Object {
     name: "peers.<name>",
     keys: &[
         key("proxy", Ty::Str, "", "Base address.").required(),
-        key("models", STRINGS, "", "Its models' names.").required(),
+        key(
+            "models",
+            STRINGS,
+            "",
+            "Its models' names there. May be left out with `refresh`: then all that it lists itself are taken.",
+        ),
+        key(
+            "refresh",
+            SECONDS,
+            "0",
+            "Seconds between two looks at its `/v1/models`, for its health and its list of models; less than 5 counts as 5, 0 is never.",
+        ),
+        key(
+            "priority",
+            Ty::Int {
+                min: -1_000_000,
+                max: 1_000_000,
+            },
+            "0",
+            "Order of the peers that have the same model, asked for by its bare name: higher first, then the order of the file. The next one is asked when one cannot be reached or refuses (429, 503).",
+        ),
         key("apiKey", Ty::Str, "", "Key to present there."),
         key("filters", Ty::Object(&FILTERS), "", "Changes to request bodies."),
         key("timeouts", Ty::Object(&TIMEOUTS), "", "Limits of the connection."),
