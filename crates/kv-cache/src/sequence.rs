@@ -1,5 +1,7 @@
 //! One running sequence, and how it forks, ends and leaves snapshots.
 
+use std::collections::BTreeSet;
+
 use crate::cache::KvCache;
 use crate::snapshots::Snapshots;
 use crate::tree::NodeId;
@@ -239,6 +241,46 @@ impl<S: Clone> KvCache<S> {
             self.pool.release(block);
         }
         Ok(())
+    }
+
+    /// Ends a sequence of which the positions from `from` on may never have been written, as a step failed; and with it
+    /// all that share such positions. None of these stay cached. Gives all that have ended, `id` among them.
+    ///
+    /// # Errors
+    /// An unknown sequence.
+    pub fn forget(&mut self, id: SeqId, from: usize) -> Result<Vec<SeqId>, CacheError> {
+        let block_size = self.config.block_size;
+        let sequence = self.sequence(id)?;
+        let first = from / block_size;
+        let bad: BTreeSet<BlockId> = sequence.blocks.iter().skip(first).copied().collect();
+        let root = sequence.path.get(first).copied();
+        let shares = |other: &Sequence<S>| other.blocks.iter().any(|block| bad.contains(block));
+        let mut ended: Vec<SeqId> = self
+            .sequences
+            .iter()
+            .filter_map(|(&other, sequence)| shares(sequence).then_some(other))
+            .collect();
+        if !ended.contains(&id) {
+            ended.push(id);
+        }
+        for &one in &ended {
+            if let Some(sequence) = self.sequences.get_mut(&one) {
+                let good = from.saturating_sub(sequence.path.len() * block_size);
+                sequence.tail.truncate(good);
+            }
+            self.free(one)?;
+        }
+        // Who has ended in the meantime may have left more behind it. A child comes after its parent.
+        let mut nodes: Vec<NodeId> = root.into_iter().collect();
+        let mut at = 0;
+        while let Some(&node) = nodes.get(at) {
+            nodes.extend(self.tree.each_child(Some(node)).map(|(_, child)| child));
+            at += 1;
+        }
+        for node in nodes.into_iter().rev() {
+            self.drop_node(node);
+        }
+        Ok(ended)
     }
 
     /// Empties the prefix tree of all that no running sequence uses. Gives how many blocks became free.

@@ -410,6 +410,32 @@ fn the_later_snapshot_wins_over_the_longer_match() {
 }
 
 #[test]
+fn what_a_failed_step_should_have_written_is_forgotten_with_all_that_rests_on_it() {
+    let mut cache = cache(100, 4);
+    let prompt = tokens(0..18);
+    for id in 0..2 {
+        admitted(admit(&mut cache, id, &prompt, 4, 1));
+    }
+    // Another one is here that shares only what was written for certain.
+    let other = [tokens(0..8), tokens(50..54)].concat();
+    admitted(admit(&mut cache, 2, &other, 4, 1));
+    cache.extend(SeqId(0), 18).unwrap();
+    cache.record(SeqId(0), &prompt).unwrap();
+    assert_eq!(cache.skip_cached(SeqId(1), &prompt), Ok(16));
+    assert_eq!(cache.skip_cached(SeqId(2), &other), Ok(8));
+    assert_eq!(cache.forget(SeqId(0), 10), Ok(vec![SeqId(0), SeqId(1)]));
+    assert_eq!(cache.chains(), [tokens(0..4), tokens(0..8)]);
+    assert_eq!(cache.usage().sequences, 1);
+    cache.audit().unwrap();
+    // Of a last block the good beginning stays.
+    cache.extend(SeqId(2), 4).unwrap();
+    cache.record(SeqId(2), &other[8..11]).unwrap();
+    assert_eq!(cache.forget(SeqId(2), 10), Ok(vec![SeqId(2)]));
+    assert_eq!(cache.peek(&other), 10);
+    cache.audit().unwrap();
+}
+
+#[test]
 fn without_the_prefix_cache_nothing_is_kept() {
     let mut cache: KvCache<()> = KvCache::new(CacheConfig {
         prefix_cache: false,

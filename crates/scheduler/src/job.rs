@@ -33,6 +33,8 @@ pub(crate) struct Running {
     pub(crate) target: usize,
     /// Positions handed out.
     pub(crate) done: usize,
+    /// Positions computed for certain: those before the oldest draw that was not read.
+    pub(crate) sure: usize,
     /// Positions recorded.
     pub(crate) recorded: usize,
     /// Steps in a row in which others were prefilled and this one was not.

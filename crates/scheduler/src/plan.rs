@@ -129,6 +129,7 @@ impl Scheduler {
                     job.running = Some(Running {
                         target: job.tokens.len(),
                         done: admitted.cached_tokens,
+                        sure: admitted.cached_tokens,
                         recorded: admitted.cached_tokens,
                         passed: 0,
                     });

@@ -55,6 +55,9 @@ impl Scheduler {
         // What others have computed since it was admitted, also earlier in this very plan.
         let upcoming = job.tokens.get(running.done..running.target).unwrap_or(&[]);
         let skipped = self.cache.skip_cached(id, upcoming).unwrap_or(0);
+        if running.sure == running.done {
+            running.sure += skipped;
+        }
         running.done += skipped;
         running.recorded += skipped;
         job.cached += skipped;

@@ -94,6 +94,9 @@ impl Scheduler {
         if let Some(job) = self.jobs.get_mut(&id)
             && job.unread()
         {
+            if let Some(running) = &mut job.running {
+                running.sure = job.tokens.len();
+            }
             job.tokens.push(token);
             self.record_known(id);
         }
@@ -118,12 +121,36 @@ impl Scheduler {
         self.end(id);
     }
 
-    /// Takes a request out, wherever it is: its client went away, or it failed. False if it is not here.
-    ///
-    /// What it had computed stays cached. When a step could not be computed, cancel the sequences that were in it and
-    /// [clear the cache](Self::clear_cache): what the step should have written counts as written.
+    /// Takes a request out, wherever it is: its client went away. False if it is not here. What it had computed stays
+    /// cached.
     pub fn cancel(&mut self, id: SeqId) -> bool {
         self.end(id)
+    }
+
+    /// Takes requests out whose part of a step failed, when it was issued or when it was read, and with them all that
+    /// have relied on what was not written: these would go on from garbage. Gives all that are gone, to be answered.
+    /// Nothing that they computed since their last token was read stays cached.
+    ///
+    /// Where the copies of a plan failed, nobody knows what lies where: fail all that is running, and
+    /// [clear the cache](Self::clear_cache).
+    pub fn fail(&mut self, ids: &[SeqId]) -> Vec<SeqId> {
+        let mut gone = Vec::new();
+        for &id in ids {
+            let Some(job) = self.jobs.get(&id) else { continue };
+            let Some(running) = &job.running else {
+                self.end(id);
+                gone.push(id);
+                continue;
+            };
+            let ended = self.cache.forget(id, running.sure);
+            debug_assert!(ended.is_ok(), "{ended:?}");
+            for id in ended.unwrap_or_default() {
+                self.jobs.remove(&id);
+                gone.push(id);
+            }
+            self.ask_again = true;
+        }
+        gone
     }
 
     pub(crate) fn end(&mut self, id: SeqId) -> bool {

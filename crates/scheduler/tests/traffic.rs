@@ -16,6 +16,8 @@ enum Op {
     Submit(Job),
     /// The nth of those that are here.
     Cancel(usize),
+    /// The nth of those in flight.
+    Fail(usize),
     Step,
     /// The oldest unread step.
     Read,
@@ -50,6 +52,7 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         6 => job,
         1 => any::<usize>().prop_map(Op::Cancel),
+        1 => any::<usize>().prop_map(Op::Fail),
         12 => Just(Op::Step),
         9 => Just(Op::Read),
         1 => (0u64..30).prop_map(Op::Wait),
@@ -97,6 +100,7 @@ fn run(config: Config, ops: Vec<Op>, ahead: usize, decodes_first: bool) -> (usiz
                     engine.cancel(id);
                 }
             }
+            Op::Fail(n) => engine.fail(n),
             Op::Step => {
                 while engine.unread_steps() > ahead {
                     engine.read();
