@@ -50,13 +50,14 @@ fn serve(args: ParsedArgs) -> ExitCode {
     let result = runtime.block_on(mlxworker::serve::run(args));
     // Not waited for: a thread that renders a long prompt for nobody any more.
     runtime.shutdown_background();
-    match result {
+    let code = match result {
         Ok(ending) => {
             tracing::info!("ended: {ending:?}");
-            ExitCode::SUCCESS
+            0
         }
-        Err(Failed) => ExitCode::FAILURE,
-    }
+        Err(Failed) => 1,
+    };
+    mlx_ext::exit_now(code)
 }
 
 /// Under a proxy, on Linux: the kernel ends this process with the thread that started it. Elsewhere, and before this

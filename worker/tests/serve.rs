@@ -187,6 +187,31 @@ fn mlx_variables_are_in_the_environment_from_the_start() {
     assert!(variables.contains(&"MLXWORKER_CONTROL=stdin"));
 }
 
+/// A step that takes longer than it may: the client is told, and the process ends with the reason.
+#[test]
+fn a_step_without_end_ends_the_worker() {
+    let flags = ["--watchdog-seconds", "0.02", "--prefill-step-size", "4096"];
+    let mut worker = Worker::supervised(&demo(), &flags);
+    let (port, _) = worker.ready();
+    let mut long = chat(4);
+    long["messages"][0]["content"] = "one two three four five six seven ".repeat(180).into();
+    let (status, text) = ask(port, "/v1/chat/completions", &long);
+    assert!(
+        status == 503 || text.contains("event: error") || text.contains("\"error\""),
+        "{text}"
+    );
+    assert!(text.contains("--watchdog-seconds 0.02"), "{text}");
+    let fatal = loop {
+        match worker.event().expect("the reason is told before the end") {
+            WorkerEvent::Fatal { message } => break message,
+            WorkerEvent::Heartbeat(_) => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert!(fatal.contains("a step has not ended for"), "{fatal}");
+    assert_eq!(worker.ended_within(Duration::from_secs(10)).code(), Some(1));
+}
+
 #[test]
 fn a_worker_ends_with_its_proxy() {
     let mut worker = Worker::supervised(&demo(), &[]);

@@ -6,6 +6,7 @@
 //! - [`slab`]: memory that is written in place, step after step;
 //! - [`ops`]: operations missing from mlx-rs, or present there only for types known at compile time;
 //! - `device`: what memory the device has;
+//! - `exit`: ending a process that has used MLX;
 //! - `error`: how a failure inside mlx-c becomes an [`mlx_rs::error::Exception`].
 //!
 //! All functions build lazy graphs on the calling thread's default stream, as mlx-rs' own do. MLX is not safe to be
@@ -13,11 +14,13 @@
 
 mod device;
 mod error;
+mod exit;
 pub mod mapped;
 pub mod ops;
 pub mod slab;
 
 pub use device::{DeviceMemory, device_memory};
+pub use exit::exit_now;
 pub use mapped::{MappedFile, MappedTensor};
 pub use mlx_rs::error::{Exception, Result};
 pub use slab::Slab;

@@ -142,6 +142,11 @@ impl Run {
             let (index, event) = tokio::select! {
                 biased;
                 event = next_event(&mut self.choices, self.next) => event,
+                // An engine that hangs closes no channel. One that ends has said more than that it is dead.
+                reason = self.service.dead() => match ready_event(&mut self.choices, self.next) {
+                    Some(event) => event,
+                    None => return Err(self.give_up(errors::engine_dead(&reason))),
+                },
                 () = tokio::time::sleep_until(wake) => {
                     self.check_limits()?;
                     if Instant::now() >= sign {

@@ -107,6 +107,8 @@ pub struct Service {
     pub(super) created: u64,
     pub(super) started: Instant,
     engine: watch::Receiver<EngineState>,
+    /// Why the engine is as good as dead, although it does not say so itself.
+    declared: watch::Sender<Option<String>>,
     draining: AtomicBool,
     in_flight: watch::Sender<usize>,
 }
@@ -130,6 +132,7 @@ impl Service {
             metrics: Metrics::default(),
             created: unix_seconds(),
             started: Instant::now(),
+            declared: watch::Sender::new(None),
             draining: AtomicBool::new(false),
             in_flight: watch::Sender::new(0),
         })
@@ -181,10 +184,33 @@ impl Service {
         self.backend.stop();
     }
 
+    /// Gives the engine up, for this reason: requests that run or come fail with it.
+    pub fn declare_dead(&self, reason: String) {
+        self.declared.send_replace(Some(reason));
+    }
+
+    /// Whether [`Self::declare_dead`] has been called: the engine's thread may be anywhere, for ever.
+    #[must_use]
+    pub fn is_declared_dead(&self) -> bool {
+        self.declared.borrow().is_some()
+    }
+
+    /// Returns when the engine is dead, by its own account or by declaration, with the reason.
+    pub async fn dead(&self) -> String {
+        let (mut engine, mut declared) = (self.engine.clone(), self.declared.subscribe());
+        tokio::select! {
+            // An error: the engine's end of the channel is gone without a word.
+            _ = engine.wait_for(|state| *state != EngineState::Running) => {}
+            _ = declared.wait_for(Option::is_some) => {}
+        }
+        self.death()
+            .unwrap_or_else(|| "it ended without a word".to_owned())
+    }
+
     /// Counts a request in, unless none is taken any more.
     pub(super) fn enter(self: &Arc<Self>) -> Result<InFlight, ApiError> {
-        if let EngineState::Dead(reason) = &*self.engine.borrow() {
-            return Err(errors::engine_dead(reason));
+        if let Some(reason) = self.death() {
+            return Err(errors::engine_dead(&reason));
         }
         // Counted before the look at the flag, so that a drain that saw zero has seen this one refused.
         self.in_flight.send_modify(|n| *n += 1);
@@ -203,6 +229,9 @@ impl Service {
 
     /// Why the engine is dead, if it is.
     pub(super) fn death(&self) -> Option<String> {
+        if let Some(reason) = &*self.declared.borrow() {
+            return Some(reason.clone());
+        }
         match &*self.engine.borrow() {
             EngineState::Running => None,
             EngineState::Dead(reason) => Some(reason.clone()),

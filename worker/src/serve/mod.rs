@@ -6,6 +6,7 @@
 //! | `startup` | a directory and knobs to a service                                         |
 //! | `control` | the control socket: lines out, commands and the end of file in             |
 //! | `environment` | variables that MLX reads at its start                                   |
+//! | `watchdog` | a step that never ends                                                    |
 //! | `server`  | answering until something ends it                                          |
 //!
 //! Order: command line, directory, port (reserved, not listening), then weights, tokenizer and template at once; only
@@ -16,6 +17,7 @@ pub mod environment;
 mod hub;
 mod server;
 mod startup;
+mod watchdog;
 
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
@@ -33,6 +35,7 @@ use tokio::time::timeout;
 pub use control::Control;
 pub use hub::{HubPlaces, resolve_model};
 pub use server::{Ending, Signals, serve};
+pub use watchdog::Watchdog;
 
 use crate::backend::{Backend, EngineState};
 use crate::engine::{Engine, StartError};
@@ -155,7 +158,15 @@ async fn start_and_serve(
         None => say(&format!("{model} is served at http://{address}/v1")),
     }
     let signals = Signals::install().context("watching for signals")?;
-    match serve(listener, service, control, signals).await? {
+    let watchdog = Watchdog::start(&service, Duration::from_secs_f64(knobs.watchdog_seconds))
+        .context("starting the watchdog")?;
+    let ending = serve(listener, Arc::clone(&service), control, signals).await;
+    drop(watchdog);
+    if service.is_declared_dead() {
+        // Its thread is not waited for: it will not end.
+        *started = Started::Nothing;
+    }
+    match ending? {
         Ending::EngineDied(reason) => bail!("the engine has died: {reason}"),
         ending => Ok(ending),
     }

@@ -11,7 +11,6 @@ use tokio::sync::oneshot;
 use tokio::time::{MissedTickBehavior, timeout};
 
 use super::control::Control;
-use crate::backend::EngineState;
 use crate::http::{Service, router};
 
 /// Time between two heartbeats.
@@ -86,7 +85,6 @@ pub async fn serve(
         let _ = stopped.await;
     });
     let mut server = tokio::spawn(server.into_future());
-    let mut engine = service.engine_state();
     let mut beat = tokio::time::interval(HEARTBEAT);
     beat.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let ending = loop {
@@ -95,10 +93,10 @@ pub async fn serve(
                 result.context("the HTTP server")?.context("the HTTP server")?;
                 break Ending::Stopped;
             }
-            reason = death(&mut engine) => break Ending::EngineDied(reason),
+            reason = service.dead() => break Ending::EngineDied(reason),
             () = signals.next() => {
                 service.drain();
-                break drained(&service, control.as_deref_mut(), &mut signals, &mut engine).await;
+                break drained(&service, control.as_deref_mut(), &mut signals).await;
             }
             command = next_command(control.as_deref_mut()) => match command {
                 Some(ProxyCommand::Drain) => service.drain(),
@@ -123,17 +121,12 @@ pub async fn serve(
         let _ = timeout(FAREWELL, server).await;
     }
     // A process that ends while another thread is inside MLX may crash on its way out.
-    let _ = timeout(ENGINE_END, death(&mut engine)).await;
+    let _ = timeout(ENGINE_END, service.dead()).await;
     Ok(ending)
 }
 
 /// After a signal: until nothing runs, the grace is over, or something more urgent.
-async fn drained(
-    service: &Service,
-    mut control: Option<&mut Control>,
-    signals: &mut Signals,
-    engine: &mut tokio::sync::watch::Receiver<EngineState>,
-) -> Ending {
+async fn drained(service: &Service, mut control: Option<&mut Control>, signals: &mut Signals) -> Ending {
     tracing::info!("shutting down: {} requests in flight", service.in_flight());
     let idle = timeout(DRAIN_GRACE, service.idle());
     tokio::pin!(idle);
@@ -141,26 +134,13 @@ async fn drained(
         tokio::select! {
             _ = &mut idle => return Ending::Drained,
             () = signals.next() => return Ending::Stopped,
-            reason = death(engine) => return Ending::EngineDied(reason),
+            reason = service.dead() => return Ending::EngineDied(reason),
             command = next_command(control.as_deref_mut()) => match command {
                 Some(ProxyCommand::Stop) => return Ending::Stopped,
                 Some(_) => {}
                 None => return Ending::ProxyGone,
             },
         }
-    }
-}
-
-/// Returns when the engine is dead; never otherwise.
-async fn death(engine: &mut tokio::sync::watch::Receiver<EngineState>) -> String {
-    match engine
-        .wait_for(|state| *state != EngineState::Running)
-        .await
-        .as_deref()
-    {
-        Ok(EngineState::Dead(reason)) => reason.clone(),
-        // The engine's end of the channel is gone without a word.
-        _ => "it ended without a word".to_owned(),
     }
 }
 

@@ -13,3 +13,4 @@ mod errors;
 mod info;
 mod streams;
 mod support;
+mod watchdog;
