@@ -36,7 +36,7 @@ pub(super) async fn handle(
     let (prompt, choices) = opened.inspect_err(|error| account.failed(error))?;
     let id = format!("chatcmpl-{}", random_id());
     let (created, model, n) = (unix_seconds(), service.config.served_model.clone(), choices.len());
-    let run = Run::new(&service, account, choices, n);
+    let run = Run::new(&service, account, &id, choices, n);
     let wants_logprobs = prompt.generate.logprobs.is_some();
     let response = if prompt.options.stream {
         let chunks = ChatChunks::new(&id, created, &model, prompt.options.include_usage);

@@ -52,7 +52,7 @@ pub(super) async fn handle(
             Text { echo, characters: 0 }
         })
         .collect();
-    let run = Run::new(&service, account, choices, n);
+    let run = Run::new(&service, account, &id, choices, n);
     let response = if prompt.options.stream {
         let chunks = CompletionChunks::new(&id, created, &model, prompt.options.include_usage);
         reply::streamed(

@@ -99,7 +99,8 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
             "tool_call_parser": chat.tool_format.to_string(),
             "reasoning": chat.reasoning,
         })),
-        "requests": {"in_flight": service.in_flight(), "running": stats.running, "waiting": stats.waiting},
+        "requests": {"in_flight": service.in_flight(), "running": stats.running, "waiting": stats.waiting,
+                     "list": service.requests.list()},
         "engine": {
             "steps": stats.steps,
             "last_step_age_ms": millis(stats.last_step_age),

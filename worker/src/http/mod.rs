@@ -5,9 +5,11 @@
 //! | `service`     | what all requests share: model, templates, limits, the backend, who is in flight   |
 //! | `auth`        | the API key                                                                       |
 //! | `body`        | reading a request's body                                                          |
+//! | `canonical`   | changing lines at the head of the system prompt, taken off                        |
 //! | `prompt`      | a checked request to token ids and sampling                                       |
 //! | `choice`      | one reply: tokens to text, stop strings, reasoning, tool calls                    |
 //! | `run`         | all replies of one request: the next event, silence, time limits, accounting      |
+//! | `requests`    | requests by their id: the list, and cancelling one                                |
 //! | `reply`       | a run to a stream of events, or to one JSON object                                |
 //! | `chat`        | `/v1/chat/completions`                                                            |
 //! | `completions` | `/v1/completions`                                                                 |
@@ -20,6 +22,7 @@
 
 mod auth;
 mod body;
+mod canonical;
 mod chat;
 mod choice;
 mod completions;
@@ -28,6 +31,7 @@ mod info;
 mod metrics;
 mod prompt;
 mod reply;
+mod requests;
 mod run;
 mod service;
 
@@ -35,7 +39,7 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 
 use axum::Router;
-use axum::routing::{get, post};
+use axum::routing::{delete, get, post};
 
 pub use service::{ChatFormat, HttpConfig, Service, ServiceParts};
 
@@ -46,6 +50,8 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/v1/completions", post(completions::handle))
         .route("/v1/models", get(info::models))
         .route("/v1/models/{*id}", get(info::model))
+        .route("/v1/requests/{id}", delete(requests::cancel))
+        .route("/v1/requests/{id}/cancel", post(requests::cancel))
         .route("/status", get(info::status))
         .route("/v1/status", get(info::status))
         .route("/metrics", get(info::metrics))

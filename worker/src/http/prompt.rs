@@ -8,8 +8,8 @@ use axum::extract::Request;
 use chat_format::{Reasoning, RenderInputs, TemplateError, ToolFormat, ToolSet};
 use serde_json::Value;
 
-use super::body;
 use super::service::{ChatFormat, Service};
+use super::{body, canonical};
 use crate::backend::{GenerateRequest, SamplingParams};
 
 /// Bodies longer than this are parsed, rendered and tokenised off the threads that serve everybody.
@@ -76,6 +76,7 @@ pub(super) fn chat(service: &Service, body: &[u8]) -> Result<ChatPrompt, ApiErro
             "this model has no chat template; use /v1/completions",
         ));
     };
+    canonical::strip_headers(&mut request.messages);
     let use_tools = !request.tools.is_empty() && request.tool_choice != ToolChoice::None;
     let tools: &[Value] = if use_tools { &request.tools } else { &[] };
     if !chat.template.source(use_tools).contains("developer") {

@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::choice::Choice;
 use super::errors;
 use super::metrics::{Outcome, Route};
+use super::requests::{Registered, Requests};
 use super::service::{InFlight, Service};
 use crate::backend::{EngineError, GenerationEvent};
 
@@ -33,6 +34,7 @@ pub(super) struct Run {
     pub(super) deltas: Vec<Delta>,
     service: Arc<Service>,
     account: Account,
+    registered: Registered,
     /// Choices that share a prompt, whose tokens count once.
     per_prompt: usize,
     next: usize,
@@ -107,15 +109,18 @@ impl Drop for Account {
 }
 
 impl Run {
-    /// `per_prompt` choices in a row share a prompt.
+    /// `id`: as the client will see it. `per_prompt` choices in a row share a prompt.
     pub(super) fn new(
         service: &Arc<Service>,
         account: Account,
+        id: &str,
         choices: Vec<Choice>,
         per_prompt: usize,
     ) -> Self {
         let now = Instant::now();
+        let registered = Requests::register(service, id, account.route, account.arrived);
         Self {
+            registered,
             choices,
             deltas: Vec::new(),
             service: Arc::clone(service),
@@ -142,6 +147,11 @@ impl Run {
             let (index, event) = tokio::select! {
                 biased;
                 event = next_event(&mut self.choices, self.next) => event,
+                error = self.registered.cancelled() => {
+                    let error = self.give_up(error);
+                    self.account.outcome = Outcome::Cancelled;
+                    return Err(error);
+                }
                 // An engine that hangs closes no channel. One that ends has said more than that it is dead.
                 reason = self.service.dead() => match ready_event(&mut self.choices, self.next) {
                     Some(event) => event,

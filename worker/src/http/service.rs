@@ -11,6 +11,7 @@ use tokio::sync::watch;
 
 use super::errors;
 use super::metrics::Metrics;
+use super::requests::Requests;
 use crate::backend::{Backend, EngineState, EngineStats, SamplingParams};
 use crate::text::TextTokenizer;
 
@@ -103,6 +104,7 @@ pub struct Service {
     pub(super) chat: Option<ChatFormat>,
     pub(super) backend: Arc<dyn Backend>,
     pub(super) metrics: Metrics,
+    pub(super) requests: Requests,
     /// Seconds since 1970 at the start; the model's `created`.
     pub(super) created: u64,
     pub(super) started: Instant,
@@ -130,6 +132,7 @@ impl Service {
             engine: backend.state(),
             backend,
             metrics: Metrics::default(),
+            requests: Requests::default(),
             created: unix_seconds(),
             started: Instant::now(),
             declared: watch::Sender::new(None),

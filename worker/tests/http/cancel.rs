@@ -87,6 +87,78 @@ async fn before_the_first_token_streamed_or_not() {
     assert_eq!(server.service.in_flight(), 0);
 }
 
+/// By its id, from another connection: the client is told, the engine is free, and an id that is none is no success.
+#[tokio::test]
+async fn a_request_can_be_cancelled_by_its_id() {
+    let server = start(|_| {
+        let mut script = say("so far so good");
+        script.push(Act::Hang);
+        Ok(script)
+    })
+    .await;
+    for (number, method) in ["POST", "DELETE"].into_iter().enumerate() {
+        let mut open = server
+            .open("/v1/chat/completions", &with_message(json!({"stream": true})))
+            .await;
+        let first: serde_json::Value = serde_json::from_str(&open.first().await.data).unwrap();
+        let id = first["id"].as_str().unwrap();
+        let listed = server.get("/status").await.json()["requests"]["list"].clone();
+        assert_eq!(
+            (listed[0]["id"].as_str(), listed[0]["route"].as_str()),
+            (Some(id), Some("chat"))
+        );
+        let path = match method {
+            "POST" => format!("/v1/requests/{id}/cancel"),
+            _ => format!("/v1/requests/{id}"),
+        };
+        let reply = server.send(server.request(method, &path, "")).await;
+        assert_eq!(
+            (reply.status, &reply.json()),
+            (200, &json!({"id": id, "cancelled": true}))
+        );
+        let endings = server.backend.endings(number + 1).await;
+        cancelled(&endings[number].1);
+        while let Some(Ok(_)) = open.next().await {}
+        let seen = String::from_utf8_lossy(&open.raw).into_owned();
+        assert!(
+            seen.contains("request_cancelled") && !seen.contains("[DONE]"),
+            "{seen}"
+        );
+        let again = server.send(server.request(method, &path, "")).await;
+        assert_eq!(
+            (again.status, again.json()["error"]["code"].as_str()),
+            (404, Some("request_not_found"))
+        );
+    }
+    // Nothing has been answered yet: the cancelled one has a status of its own.
+    let waiting = start(|_| Ok(vec![Act::Hang])).await;
+    let whole = waiting.chat(json!({}));
+    let cancel = async {
+        waiting.backend_has_requests(1).await;
+        let id = loop {
+            let list = waiting.get("/status").await.json()["requests"]["list"].clone();
+            if let Some(id) = list[0]["id"].as_str() {
+                break id.to_owned();
+            }
+        };
+        let path = format!("/v1/requests/{id}/cancel");
+        assert_eq!(waiting.post(&path, &json!({})).await.status, 200);
+    };
+    let (reply, ()) = tokio::join!(whole, cancel);
+    assert_eq!(
+        (reply.status, reply.json()["error"]["code"].as_str()),
+        (409, Some("request_cancelled"))
+    );
+    waiting.service.idle().await;
+    assert!(
+        waiting
+            .get("/metrics")
+            .await
+            .text()
+            .contains("mlxworker_requests_total{route=\"chat\",outcome=\"cancelled\"} 1")
+    );
+}
+
 #[tokio::test]
 async fn a_refused_choice_cancels_those_before_it() {
     let server = start(|request| {

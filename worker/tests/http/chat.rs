@@ -72,6 +72,75 @@ async fn the_prompt_is_the_template_and_the_defaults_are_applied() {
     assert!(request.logprobs.is_none());
 }
 
+/// Lines that a client changes with every request would make every prompt a new one to the prefix cache.
+#[tokio::test]
+async fn changing_header_lines_do_not_change_the_prompt() {
+    let server = start(|_| stop(say("ok"))).await;
+    for head in [
+        "",
+        "x-anthropic-billing-header: cch=1;\n",
+        "x-anthropic-billing-header: cch=2;\nx-request-id: 7\n\n",
+    ] {
+        let system = format!("{head}Be brief.");
+        server
+            .chat(json!({"messages": [{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]}))
+            .await;
+    }
+    let requests = server.backend.requests();
+    assert_eq!(requests.len(), 3);
+    assert!(
+        requests
+            .iter()
+            .all(|request| request.prompt == requests[0].prompt)
+    );
+    assert!(prompt_text(&requests[0]).contains("Be brief."));
+}
+
+/// The template brings what special tokens there are; a tokenizer that adds one of its own must not do so here.
+#[tokio::test]
+async fn special_tokens_come_once() {
+    let server = start(|_| stop(say("ok"))).await;
+    server.chat(json!({})).await;
+    let prompt = &server.backend.requests()[0].prompt;
+    let start_of_message = tokenizer().encode("<|im_start|>", false).unwrap();
+    assert_eq!(start_of_message.len(), 1);
+    assert_eq!(
+        prompt.iter().filter(|id| **id == start_of_message[0]).count(),
+        2,
+        "the user's and the reply's"
+    );
+    assert_eq!(prompt[0], start_of_message[0]);
+}
+
+/// A request with a bias, a constraint on repetition or a seed after a plain one loses none of them, and leaves none.
+#[tokio::test]
+async fn nothing_is_lost_after_a_plain_request() {
+    let server = start(|_| stop(say("ok"))).await;
+    let plain = json!({});
+    let rich = json!({"logit_bias": {"7": -100}, "repetition_penalty": 1.5, "seed": 3, "frequency_penalty": 0.5,
+                      "presence_penalty": 0.25});
+    for body in [&plain, &rich, &plain, &rich] {
+        server.chat(body.clone()).await;
+    }
+    let sampling: Vec<SamplingParams> = server
+        .backend
+        .requests()
+        .into_iter()
+        .map(|r| r.sampling)
+        .collect();
+    assert_eq!(sampling[0], SamplingParams::greedy());
+    assert_eq!(sampling[2], SamplingParams::greedy());
+    let expected = SamplingParams {
+        logit_bias: vec![(7, -100.0)],
+        repetition_penalty: 1.5,
+        seed: Some(3),
+        frequency_penalty: 0.5,
+        presence_penalty: 0.25,
+        ..SamplingParams::greedy()
+    };
+    assert_eq!((&sampling[1], &sampling[3]), (&expected, &expected));
+}
+
 #[tokio::test]
 async fn parameters_belong_to_their_request() {
     let server = start(|request| {
