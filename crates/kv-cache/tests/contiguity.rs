@@ -196,6 +196,8 @@ fn moving_cached_blocks_keeps_sequences_in_one_run_in_a_full_pool() {
     let requests = 200;
     let (without, none) = long_day(requests, 0);
     let (with, moved) = long_day(requests, 1000);
+    // For docs/adr/kv-blocks.md; shown with --nocapture.
+    println!("of {requests} requests in one run: {without}; with {moved} blocks moved: {with}");
     assert!((without, none) < (requests / 2, 1), "{without} even so");
     assert!(with >= requests - 6, "{with} of {requests}");
     // A request takes some 55 blocks; to copy as many as it writes would be worth it too.
