@@ -1,4 +1,4 @@
-"""The demo model served by swapd and mlxworker, and by mlx_lm.server: start, first token, tokens per second.
+"""The demo model served by swapd and mlxworker, and by mlx_lm.server: start, first token, one stream.
 
 Rounds are interleaved, each with fresh processes; the median of the rounds is shown. Times are those of a client on
 the same machine that reads the stream; the first token is the first event that carries text.
