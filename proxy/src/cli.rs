@@ -21,6 +21,7 @@ use crate::house::House;
 use crate::http::App;
 use crate::logs::Logs;
 use crate::peers;
+use crate::performance::{self, Performance};
 use crate::process::supervise;
 use crate::reload::Reloader;
 use crate::tls;
@@ -306,6 +307,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
         };
         let preload = registry.globals.preload.clone();
         let rows = registry.globals.metrics_max_in_memory;
+        let performance = Performance::new(performance::every(&registry.globals));
         let house = House::new(Arc::new(Catalog::new(registry)), logs);
         for name in preload {
             let house = house.clone();
@@ -318,16 +320,28 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |d| d.as_secs());
-        let reloader = Reloader::new(paths.clone(), house.clone());
+        let activity = Activity::new(rows);
+        let reloader = Reloader::new(
+            paths.clone(),
+            house.clone(),
+            activity.clone(),
+            performance.clone(),
+        );
         if options.watch {
             tokio::spawn(reloader.clone().watch());
         }
         tokio::spawn(peers::refresh::keep(house.clone(), reloader.outcomes()));
-        let activity = Activity::new(rows);
+        tokio::spawn(performance.clone().run());
+        let hardware = performance::hardware();
+        if let Err(error) = &hardware {
+            tracing::warn!(%error, "what this machine is cannot be found out");
+        }
         let app = Arc::new(App {
             activity,
             house,
             reloader,
+            performance,
+            hardware: hardware.ok(),
             profile: Mutex::new(None),
             max_body: MAX_BODY,
             started_unix: now,

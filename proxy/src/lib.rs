@@ -19,6 +19,7 @@
 //! | `upstream`  | pooled connections to one server                                                               |
 //! | `activity`  | requests in flight, the last finished ones, counters per model                                 |
 //! | `ollama`    | Ollama's API in OpenAI's terms                                                                  |
+//! | `performance` | how busy the machine is, for an hour                                                         |
 //! | `usage`     | token counts from a reply on its way through                                                   |
 //! | `logs`      | bounded log rings and their live feed                                                          |
 //! | `outlet`    | standard output behind a bounded queue                                                         |
@@ -37,6 +38,7 @@ pub mod logs;
 pub mod ollama;
 mod outlet;
 pub mod peers;
+pub mod performance;
 pub mod process;
 pub mod reload;
 pub mod residency;

@@ -17,9 +17,11 @@ use registry::{Diagnostic, Options, Registry, RegistryDiff};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::{Instant, timeout_at};
 
+use crate::activity::Activity;
 use crate::catalog::Catalog;
 use crate::cli::{self, Paths};
 use crate::house::House;
+use crate::performance::{self, Performance};
 
 /// Time without a further event after which the files are read.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -42,6 +44,8 @@ pub struct Outcome {
 pub struct Reloader {
     paths: Paths,
     house: Arc<House>,
+    activity: Arc<Activity>,
+    performance: Arc<Performance>,
     outcome: watch::Sender<Outcome>,
     /// Held during a reload: one at a time, in order.
     turn: Mutex<()>,
@@ -50,10 +54,17 @@ pub struct Reloader {
 impl Reloader {
     /// A reloader of this registry's files.
     #[must_use]
-    pub fn new(paths: Paths, house: Arc<House>) -> Arc<Self> {
+    pub fn new(
+        paths: Paths,
+        house: Arc<House>,
+        activity: Arc<Activity>,
+        performance: Arc<Performance>,
+    ) -> Arc<Self> {
         Arc::new(Self {
             paths,
             house,
+            activity,
+            performance,
             outcome: watch::Sender::new(Outcome::default()),
             turn: Mutex::new(()),
         })
@@ -105,6 +116,8 @@ impl Reloader {
             added = ?diff.added, removed = ?diff.removed, restarted = ?diff.changed, retuned = ?diff.retuned,
             unchanged = diff.unchanged.len(), "registry taken up"
         );
+        self.activity.set_limit(registry.globals.metrics_max_in_memory);
+        self.performance.set_every(performance::every(&registry.globals));
         let changed = diff.changed.iter().map(|id| id.as_str().into()).collect();
         let catalog = Catalog::following(registry, Some(&old));
         self.house.reload(Arc::new(catalog), changed);

@@ -1,4 +1,4 @@
-//! Memory facts of the host and of a process, in bytes.
+//! Memory facts of the host and of a process, in bytes; what the machine is and how busy it is (`machine`).
 //!
 //! | fact            | Linux                                             | macOS                                          |
 //! |-----------------|---------------------------------------------------|------------------------------------------------|
@@ -13,13 +13,22 @@
 
 #[cfg(target_os = "linux")]
 mod linux;
+#[cfg(target_os = "linux")]
+mod linux_machine;
+pub mod machine;
 #[cfg(target_os = "macos")]
 mod macos;
+#[cfg(target_os = "macos")]
+mod macos_machine;
 
 #[cfg(target_os = "linux")]
 use linux as system;
+#[cfg(target_os = "linux")]
+use linux_machine as system_machine;
 #[cfg(target_os = "macos")]
 use macos as system;
+#[cfg(target_os = "macos")]
+use macos_machine as system_machine;
 
 /// How short of memory the host is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

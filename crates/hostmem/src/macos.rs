@@ -52,7 +52,7 @@ pub(crate) fn process(pid: u32) -> Result<ProcessMemory> {
 }
 
 /// Reads a fixed-size value by name. `T` must be plain old data.
-fn sysctl<T: Copy>(name: &CStr) -> Result<T> {
+pub(crate) fn sysctl<T: Copy>(name: &CStr) -> Result<T> {
     let mut value = MaybeUninit::<T>::zeroed();
     let mut size = size_of::<T>();
     // SAFETY: `name` is null-terminated, and the kernel writes at most `size` bytes into `value`, which is zeroed
@@ -65,6 +65,25 @@ fn sysctl<T: Copy>(name: &CStr) -> Result<T> {
         value.assume_init()
     };
     Ok(value)
+}
+
+/// Reads a text by name.
+pub(crate) fn sysctl_text(name: &CStr) -> Result<String> {
+    let mut text = [0_u8; 256];
+    let mut size = text.len();
+    // SAFETY: `name` is null-terminated, and the kernel writes at most `size` bytes into `text`, which has that size.
+    let status = unsafe {
+        let into = text.as_mut_ptr().cast();
+        libc::sysctlbyname(name.as_ptr(), into, &raw mut size, std::ptr::null_mut(), 0)
+    };
+    if status != 0 {
+        return Err(Error::last_os_error());
+    }
+    let written = text.get(..size).unwrap_or_default();
+    let end = written.iter().position(|b| *b == 0).unwrap_or(written.len());
+    Ok(String::from_utf8_lossy(written.get(..end).unwrap_or_default())
+        .trim()
+        .to_owned())
 }
 
 fn vm_statistics() -> Result<libc::vm_statistics64> {
@@ -83,7 +102,7 @@ fn vm_statistics() -> Result<libc::vm_statistics64> {
 }
 
 /// The port of the host. Every call of `mach_host_self` adds a reference to it, so it is called once.
-fn host_port() -> libc::mach_port_t {
+pub(crate) fn host_port() -> libc::mach_port_t {
     static PORT: OnceLock<libc::mach_port_t> = OnceLock::new();
     // libc points to another crate for this one function.
     #[allow(deprecated)]

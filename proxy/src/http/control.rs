@@ -18,6 +18,7 @@ use super::error;
 use super::listing;
 use super::routes::Route;
 use super::{App, activity, events, metrics};
+use crate::activity::parse_rfc3339;
 use crate::catalog::Catalog;
 use crate::logs::Source;
 
@@ -98,6 +99,15 @@ pub(super) async fn answer(
             &json!({"version": env!("CARGO_PKG_VERSION"), "commit": "unknown", "build_date": "unknown",
                     "ollama_version": crate::ollama::API_LEVEL}),
         )),
+        Route::Hardware => match app.hardware.as_ref() {
+            Some(found) => Ok(json_reply(found)),
+            None => Err(ApiError::unavailable(
+                "unknown_hardware",
+                "the machine could not be looked at",
+                None,
+            )),
+        },
+        Route::Performance => performance(app, request.uri().query()),
         Route::Inference | Route::Upstream | Route::Ollama(_) => {
             Err(ApiError::internal("not a control route"))
         }
@@ -122,6 +132,32 @@ pub(super) fn preflight<B>(request: &Request<B>) -> Response<Body> {
     headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, asked.unwrap_or(usual));
     headers.insert(header::ACCESS_CONTROL_MAX_AGE, HeaderValue::from_static("86400"));
     response
+}
+
+/// Measurements; 503 where none are made, as llama-swap has it.
+fn performance(app: &App, query: Option<&str>) -> Result<Response<Body>, ApiError> {
+    if !app.performance.is_enabled() {
+        let mut response = json_reply(&json!({"enabled": false}));
+        *response.status_mut() = StatusCode::SERVICE_UNAVAILABLE;
+        return Ok(response);
+    }
+    let pairs = query
+        .unwrap_or_default()
+        .split('&')
+        .filter_map(|p| p.split_once('='));
+    let after = pairs
+        .filter(|(key, _)| *key == "after")
+        .map(|(_, v)| super::routes::decode(v))
+        .next();
+    let after = after.filter(|text| !text.is_empty());
+    let after = match after {
+        None => None,
+        Some(text) => Some(
+            parse_rfc3339(&text)
+                .ok_or_else(|| ApiError::invalid("after", format!("'{text}' is not RFC 3339")))?,
+        ),
+    };
+    Ok(json_reply(&app.performance.since(after)))
 }
 
 fn find(app: &App, name: &str) -> Result<ModelId, ApiError> {

@@ -2,6 +2,7 @@
 
 use std::fmt::{Display, Write};
 
+use hostmem::machine::AcceleratorReading;
 use http::Response;
 use http::header::{CONTENT_TYPE, HeaderValue};
 use lifecycle::State;
@@ -67,7 +68,7 @@ pub fn answer(app: &App) -> Response<Body> {
     requests(app, &mut page);
     models(app, &mut page);
     peers(app, &mut page);
-    host(&mut page);
+    host(app, &mut page);
     let mut response = Response::new(Body::Full(page.0.into()));
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
     response.headers_mut().insert(CONTENT_TYPE, kind);
@@ -244,8 +245,91 @@ fn peers(app: &App, page: &mut Page) {
     }
 }
 
-/// The names are llama-swap's.
-fn host(page: &mut Page) {
+/// The names are llama-swap's, and so is that nothing is said of the machine when `performance.disabled` is set.
+fn host(app: &App, page: &mut Page) {
+    if !app.performance.is_enabled() {
+        return;
+    }
+    if let Some(sample) = app.performance.latest() {
+        page.family(
+            "llamaswap_cpu_util_percent",
+            "gauge",
+            "Share of time at work, per core.",
+        );
+        for (core, percent) in sample.cores.iter().enumerate() {
+            page.sample(
+                "llamaswap_cpu_util_percent",
+                &[("core", &core.to_string())],
+                percent,
+            );
+        }
+        page.family("llamaswap_load_average", "gauge", "Load average.");
+        for (interval, load) in ["1m", "5m", "15m"].iter().zip(sample.load) {
+            page.sample("llamaswap_load_average", &[("interval", interval)], load);
+        }
+        page.family(
+            "llamaswap_network_bytes_total",
+            "counter",
+            "Bytes over each network interface.",
+        );
+        for i in &sample.network {
+            for (direction, bytes) in [("recv", i.received_bytes), ("sent", i.sent_bytes)] {
+                page.sample(
+                    "llamaswap_network_bytes_total",
+                    &[("interface", &i.name), ("direction", direction)],
+                    bytes,
+                );
+            }
+        }
+        accelerators(&sample.accelerators, page);
+    }
+    memory(page);
+}
+
+/// Picks one number of a reading, in its unit.
+type Reading = fn(&AcceleratorReading) -> Option<f64>;
+
+fn accelerators(found: &[AcceleratorReading], page: &mut Page) {
+    let families: [(&str, Reading); 8] = [
+        ("llamaswap_gpu_temperature_celsius", |a| a.temperature_celsius),
+        ("llamaswap_gpu_vram_temperature_celsius", |a| {
+            a.memory_temperature_celsius
+        }),
+        ("llamaswap_gpu_util_percent", |a| a.busy_percent),
+        ("llamaswap_gpu_memory_util_percent", |a| {
+            let (used, total) = a
+                .memory_used_bytes
+                .zip(a.memory_total_bytes)
+                .filter(|(_, total)| *total > 0)?;
+            Some(used as f64 * 100.0 / total as f64)
+        }),
+        ("llamaswap_gpu_memory_used_bytes", |a| {
+            a.memory_used_bytes.map(|n| n as f64)
+        }),
+        ("llamaswap_gpu_memory_total_bytes", |a| {
+            a.memory_total_bytes.map(|n| n as f64)
+        }),
+        ("llamaswap_gpu_fan_speed_percent", |a| a.fan_percent),
+        ("llamaswap_gpu_power_draw_watts", |a| a.power_watts),
+    ];
+    for (name, read) in families {
+        let known: Vec<(&AcceleratorReading, f64)> =
+            found.iter().filter_map(|a| Some((a, read(a)?))).collect();
+        if known.is_empty() {
+            continue;
+        }
+        page.family(name, "gauge", "As the driver tells.");
+        for (a, value) in known {
+            page.sample(
+                name,
+                &[("id", &a.index.to_string()), ("name", &a.name), ("uuid", &a.uuid)],
+                value,
+            );
+        }
+    }
+}
+
+fn memory(page: &mut Page) {
     let Ok(host) = hostmem::host() else { return };
     let gauges = [
         (

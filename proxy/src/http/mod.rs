@@ -31,6 +31,7 @@ use self::body::Body;
 use self::routes::Route;
 use crate::activity::Activity;
 use crate::house::House;
+use crate::performance::Performance;
 use crate::reload::Reloader;
 
 /// What every request may need.
@@ -42,6 +43,10 @@ pub struct App {
     pub activity: Arc<Activity>,
     /// For reloads by request, and the state of the registry's file.
     pub reloader: Arc<Reloader>,
+    /// How busy the machine is.
+    pub performance: Arc<Performance>,
+    /// What it is, as found at the start.
+    pub hardware: Option<serde_json::Value>,
     /// Name of the profile that is switched on.
     pub profile: Mutex<Option<String>>,
     /// Largest request body, in bytes.

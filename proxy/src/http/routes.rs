@@ -54,6 +54,10 @@ pub enum Route {
     Reload,
     /// Program and version.
     Version,
+    /// What the machine is.
+    Hardware,
+    /// How busy it is.
+    Performance,
     /// One of Ollama's.
     Ollama(Call),
 }
@@ -141,6 +145,8 @@ pub fn find(method: &Method, path: &str) -> Result<Route, NoRoute> {
         "/v1/realtime" => return get(Route::Inference),
         "/api/reload" => return post(Route::Reload),
         "/api/models/unload" => return post(Route::ApiUnload),
+        "/api/hardware" => return get(Route::Hardware),
+        "/api/performance" => return get(Route::Performance),
         "/api/tags" => return get(Route::Ollama(Call::Tags)),
         "/api/ps" => return get(Route::Ollama(Call::Ps)),
         "/api/show" => return post(Route::Ollama(Call::Show)),
