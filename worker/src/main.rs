@@ -4,7 +4,8 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use knobs::{Command, ParsedArgs};
-use mlxworker::serve::Failed;
+use mlxworker::engine::bench::{self, Wish};
+use mlxworker::serve::{Failed, HubPlaces};
 use tracing_subscriber::EnvFilter;
 
 /// A command line that makes no sense.
@@ -12,6 +13,9 @@ const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
+    if let Some(("bench", rest)) = args.split_first().map(|(first, rest)| (first.as_str(), rest)) {
+        return bench(rest);
+    }
     match knobs::parse_command(&args) {
         Ok(Command::Help) => print(&knobs::help_text()),
         Ok(Command::Version) => print(&format!("mlxworker {}\n", env!("CARGO_PKG_VERSION"))),
@@ -58,6 +62,82 @@ fn serve(args: ParsedArgs) -> ExitCode {
         Err(Failed) => 1,
     };
     mlx_ext::exit_now(code)
+}
+
+const BENCH_USAGE: &str = "mlxworker bench MODEL [--streams N] [--prompt-tokens N] [--tokens N] [--rounds N] \
+                           [--path bare|engine] [flags of serve]";
+
+/// `mlxworker bench`: prints one JSON object.
+fn bench(args: &[String]) -> ExitCode {
+    let mut wish = Wish {
+        streams: 1,
+        prompt_tokens: 256,
+        tokens: 256,
+        rounds: 3,
+    };
+    let mut through_engine = false;
+    let mut rest = Vec::new();
+    let mut args = args.iter();
+    while let Some(arg) = args.next() {
+        let mut number = |place: &mut usize| match args.next().map(|value| value.parse()) {
+            Some(Ok(value)) if value > 0 => {
+                *place = value;
+                true
+            }
+            _ => false,
+        };
+        let understood = match arg.as_str() {
+            "--streams" => number(&mut wish.streams),
+            "--prompt-tokens" => number(&mut wish.prompt_tokens),
+            "--tokens" => number(&mut wish.tokens),
+            "--rounds" => number(&mut wish.rounds),
+            "--path" => match args.next().map(String::as_str) {
+                Some("bare") => true,
+                Some("engine") => {
+                    through_engine = true;
+                    true
+                }
+                _ => false,
+            },
+            _ => {
+                rest.push(arg.clone());
+                true
+            }
+        };
+        if !understood {
+            complain(&format!("{arg}: not a value for it; usage: {BENCH_USAGE}"));
+            return ExitCode::from(USAGE);
+        }
+    }
+    let parsed = match knobs::parse_args(&rest) {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            complain(&format!("{error}; usage: {BENCH_USAGE}"));
+            return ExitCode::from(USAGE);
+        }
+    };
+    match run_bench(parsed, wish, through_engine) {
+        Ok(line) => print(&line),
+        Err(error) => {
+            complain(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_bench(mut args: ParsedArgs, wish: Wish, through_engine: bool) -> anyhow::Result<String> {
+    args.knobs.max_num_seqs = args.knobs.max_num_seqs.max(wish.streams as u64);
+    let folder = mlxworker::serve::resolve_model(&args.model, &HubPlaces::from_environment())?;
+    let config = mlxworker::serve::engine_config(&args.knobs, folder)?;
+    let figures = if through_engine {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?;
+        runtime.block_on(bench::engine(config, wish))?
+    } else {
+        bench::bare(config, wish)?
+    };
+    Ok(serde_json::to_string(&figures)? + "\n")
 }
 
 /// Under a proxy, on Linux: the kernel ends this process with the thread that started it. Elsewhere, and before this

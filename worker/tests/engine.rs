@@ -20,11 +20,12 @@ use tokio::time::timeout;
 const VOCAB: usize = 128;
 
 async fn engine(max_running: usize, max_waiting: usize) -> Engine {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied");
     let config = EngineConfig {
         max_running,
         max_waiting,
         prefill_chunk: 16,
-        ..EngineConfig::new(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied"))
+        ..EngineConfig::new(folder)
     };
     Engine::start(config, |_| {}).await.unwrap()
 }

@@ -10,7 +10,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use mlxworker::model::Model;
+use mlxworker::model::{LoadOptions, Model};
+
+const MAPPED: LoadOptions = LoadOptions {
+    mapped: true,
+    expand: false,
+};
 
 /// A copy of a parity fixture to be broken.
 fn folder(fixture: &str) -> tempfile::TempDir {
@@ -26,7 +31,7 @@ fn folder(fixture: &str) -> tempfile::TempDir {
 }
 
 fn error(folder: &Path) -> String {
-    Model::load(folder, true, &mut |_| {})
+    Model::load(folder, MAPPED, &mut |_| {})
         .expect_err("a broken model must not load")
         .to_string()
 }
@@ -177,7 +182,7 @@ fn unknown_architecture() {
 #[test]
 fn odd_addresses_are_copied() {
     let odd = folder("moe-4bit-tied");
-    let plain = Model::load(odd.path(), true, &mut |_| {}).unwrap();
+    let plain = Model::load(odd.path(), MAPPED, &mut |_| {}).unwrap();
     let file = weights(odd.path());
     // A header longer by one byte each time moves all data by one.
     let mut copied = Vec::new();
@@ -189,7 +194,7 @@ fn odd_addresses_are_copied() {
         moved.push(b' ');
         moved.extend(&bytes[8 + length..]);
         fs::write(&file, moved).unwrap();
-        let model = Model::load(odd.path(), true, &mut |_| {}).unwrap();
+        let model = Model::load(odd.path(), MAPPED, &mut |_| {}).unwrap();
         let total = |model: &Model| model.storage().copied_bytes + model.storage().mapped_bytes;
         assert_eq!(total(&model), total(&plain), "{spaces}");
         copied.push(model.storage().copied_bytes > 0);

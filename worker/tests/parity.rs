@@ -11,9 +11,11 @@
 use std::path::{Path, PathBuf};
 
 use mlx_rs::Array;
+use mlx_rs::transforms::eval;
 use mlxworker::backend::{Backend, FinishReason, GenerateRequest, GenerationEvent, SamplingParams};
-use mlxworker::engine::{Engine, EngineConfig};
-use mlxworker::model::Model;
+use mlxworker::engine::{Dequantize, Engine, EngineConfig};
+use mlxworker::model::kv::{Chunk, Span};
+use mlxworker::model::{LoadOptions, Model};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -62,20 +64,53 @@ fn scores_after_the_prompt() {
     let (mut views, mut copies) = (0, 0);
     for (name, folder, expected) in all() {
         for mapped in [true, false] {
-            let model = Model::load(&folder, mapped, &mut |_| {}).unwrap();
+            let options = LoadOptions {
+                mapped,
+                expand: false,
+            };
+            let model = Model::load(&folder, options, &mut |_| {}).unwrap();
             let storage = model.storage();
             assert!(mapped || storage.mapped_bytes == 0, "{name}");
             views += storage.mapped_bytes;
             copies += storage.copied_bytes;
-            // In one piece and in uneven chunks: the cache must not show.
-            for chunk in [expected.prompt.len(), 37] {
-                let mut cache = model.new_cache();
+            // In one piece and in uneven chunks, in one place and in several: the cache must not show.
+            let length = expected.prompt.len() as i32;
+            let whole = vec![Span { start: 5, length }];
+            let pieces = vec![
+                Span {
+                    start: 200,
+                    length: 16,
+                },
+                Span {
+                    start: 100,
+                    length: 8,
+                },
+                Span {
+                    start: 300,
+                    length: length - 24,
+                },
+            ];
+            for (chunk, places) in [
+                (expected.prompt.len(), &whole),
+                (37, &whole),
+                (expected.prompt.len(), &pieces),
+                (11, &pieces),
+            ] {
+                let kv = model.new_kv(300 + length).unwrap();
                 let mut hidden = None;
-                for tokens in expected.prompt.chunks(chunk) {
+                for (tokens, start) in expected.prompt.chunks(chunk).zip((0..).step_by(chunk)) {
+                    let end = start + tokens.len() as i32;
+                    let (writes, reads) = (part(places, start, end), part(places, 0, end));
+                    let chunk = Chunk {
+                        start,
+                        writes: &writes,
+                        reads: &reads,
+                    };
                     let tokens = Array::from_slice(tokens, &[1, tokens.len() as i32]);
-                    hidden = Some(model.forward(&tokens, &mut cache).unwrap());
+                    let (last, written) = model.prefill(&tokens, &chunk, &kv).unwrap();
+                    eval(&written).unwrap();
+                    hidden = Some(last);
                 }
-                assert_eq!(cache.length(), expected.prompt.len());
                 let logits = model
                     .last_logits(&hidden.unwrap())
                     .unwrap()
@@ -84,7 +119,7 @@ fn scores_after_the_prompt() {
                 let distance = distance(&logits, &expected.logits);
                 assert!(
                     distance < 1e-3,
-                    "{name}, mapped {mapped}, chunks of {chunk}: off by {distance}"
+                    "{name}, mapped {mapped}, chunks of {chunk}, {places:?}: off by {distance}"
                 );
             }
         }
@@ -95,10 +130,28 @@ fn scores_after_the_prompt() {
     );
 }
 
-async fn engine(folder: &Path, max_running: usize) -> Engine {
+/// The part of `places` that holds the tokens `start..end`.
+fn part(places: &[Span], start: i32, end: i32) -> Vec<Span> {
+    let mut before = 0;
+    let mut found = Vec::new();
+    for span in places {
+        let (from, to) = (start.max(before), end.min(before + span.length));
+        if from < to {
+            found.push(Span {
+                start: span.start + from - before,
+                length: to - from,
+            });
+        }
+        before += span.length;
+    }
+    found
+}
+
+async fn engine(folder: &Path, max_running: usize, dequantize: Dequantize) -> Engine {
     let config = EngineConfig {
         max_running,
         prefill_chunk: 64,
+        dequantize,
         ..EngineConfig::new(folder.to_path_buf())
     };
     Engine::start(config, |_| {}).await.unwrap()
@@ -134,12 +187,14 @@ async fn tokens(engine: &Engine, request: GenerateRequest) -> Vec<u32> {
 #[tokio::test]
 async fn greedy_tokens() {
     for (name, folder, expected) in all() {
-        let engine = engine(&folder, 2).await;
-        assert_eq!(
-            tokens(&engine, greedy(&expected.prompt)).await,
-            expected.greedy,
-            "{name}"
-        );
+        for dequantize in [Dequantize::Off, Dequantize::On] {
+            let engine = engine(&folder, 2, dequantize).await;
+            assert_eq!(
+                tokens(&engine, greedy(&expected.prompt)).await,
+                expected.greedy,
+                "{name}, {dequantize:?}"
+            );
+        }
     }
 }
 
@@ -150,7 +205,7 @@ async fn greedy_tokens_in_company() {
         .into_iter()
         .find(|(name, ..)| name == "moe-4bit-tied")
         .unwrap();
-    let engine = engine(&folder, 3).await;
+    let engine = engine(&folder, 3, Dequantize::Auto).await;
     let hot = |seed| {
         let sampling = SamplingParams {
             temperature: 1.5,

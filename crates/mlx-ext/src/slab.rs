@@ -1,6 +1,7 @@
 //! Memory that is written step after step: allocated once, written in place whoever still reads it.
 
 use crate::error;
+use crate::ops::{scatter_rows, slice_update};
 use mlx_rs::error::Result;
 use mlx_rs::{Array, Dtype, ops};
 
@@ -8,7 +9,7 @@ use mlx_rs::{Array, Dtype, ops};
 ///
 /// MLX arrays are values: an update makes a new array, and reuses the old one's buffer only when nobody else holds it.
 /// With steps in flight somebody always does, so that every append to a cache would copy the whole cache. A slab's
-/// [`writable`](Slab::writable) array has no other holder; the operation that consumes it writes into the slab.
+/// writes have a holder of their own, so that they go into the slab.
 ///
 /// What that costs is order: an operation that reads the slab must be issued before the one that overwrites what it
 /// reads, or read the *result* of the one that writes it. All operations of one stream run in the order of issue.
@@ -18,17 +19,35 @@ pub struct Slab {
 }
 
 impl Slab {
-    /// Zeros, allocated now.
+    /// Memory that nobody has written yet. It is reserved now and takes up room as it is written; what is read before
+    /// that is anything, also not-a-number.
     ///
     /// # Errors
     ///
-    /// MLX's own, such as no memory.
-    pub fn zeros(shape: &[i32], dtype: Dtype) -> Result<Self> {
-        let array = ops::zeros_dtype(shape, dtype)?;
-        // A broadcast zero has no memory of its own.
-        let array = array.contiguous()?;
-        array.eval()?;
+    /// MLX's own, such as no memory, or an axis without elements.
+    pub fn new(shape: &[i32], dtype: Dtype) -> Result<Self> {
+        let like = ops::zeros_dtype(&[1], dtype)?;
+        let array = error::array(|result| {
+            // SAFETY: the pointer and the length are those of a live slice, the handle is valid for the call. The bytes
+            // are any bytes, which every element type of MLX allows.
+            unsafe {
+                mlx_sys::mlx_sys_array_uninitialised(result, shape.as_ptr(), shape.len(), like.as_ptr())
+            }
+        })?;
         Ok(Self { array })
+    }
+
+    /// Zeros, written now.
+    ///
+    /// # Errors
+    ///
+    /// As [`Slab::new`].
+    pub fn zeros(shape: &[i32], dtype: Dtype) -> Result<Self> {
+        let slab = Self::new(shape, dtype)?;
+        let start = vec![0; shape.len()];
+        let zeros = ops::zeros_dtype(shape, dtype)?;
+        slab.write(&zeros, &start, shape)?.eval()?;
+        Ok(slab)
     }
 
     /// For reading what earlier evaluations have written.
@@ -37,13 +56,28 @@ impl Slab {
         &self.array
     }
 
-    /// For one operation that updates its input, such as [`slice_update`](crate::ops::slice_update) or
-    /// [`scatter_rows`](crate::ops::scatter_rows): drop it before evaluating, and read what that operation returns.
+    /// Writes `update` at `start..stop`, which name every axis. Returns the slab as it is then; reading *that* waits for the
+    /// write.
     ///
     /// # Errors
     ///
-    /// None in practice: a slab is evaluated and contiguous from the start.
-    pub fn writable(&self) -> Result<Array> {
+    /// Bounds or a shape that do not fit.
+    pub fn write(&self, update: &Array, start: &[i32], stop: &[i32]) -> Result<Array> {
+        slice_update(&self.alias()?, update, start, stop)
+    }
+
+    /// Replaces rows along `axis`, as [`scatter_rows`] does. Returns the slab as it is then.
+    ///
+    /// # Errors
+    ///
+    /// Shapes that do not fit.
+    pub fn write_rows(&self, indices: &Array, updates: &Array, axis: i32) -> Result<Array> {
+        scatter_rows(&self.alias()?, indices, updates, axis)
+    }
+
+    /// A fresh array over the buffer. It must have no holder but the operation that updates it when that is evaluated, or
+    /// MLX copies it first: so it does not leave this module.
+    fn alias(&self) -> Result<Array> {
         error::array(|result| {
             // SAFETY: both handles are valid for the call; the alias keeps the buffer alive by itself.
             unsafe { mlx_sys::mlx_sys_array_alias(result, self.array.as_ptr()) }
@@ -60,12 +94,12 @@ impl Slab {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::{scatter_rows, slice, slice_update};
+    use crate::ops::slice;
     use mlx_rs::transforms::{async_eval, eval};
 
     fn update(slab: &Slab, value: f32, at: i32) -> Array {
         let update = Array::from_slice(&[value, value], &[1, 2]);
-        slice_update(&slab.writable().unwrap(), &update, &[at, 0], &[at + 1, 2]).unwrap()
+        slab.write(&update, &[at, 0], &[at + 1, 2]).unwrap()
     }
 
     #[test]
@@ -87,8 +121,7 @@ mod tests {
         let mut held = Vec::new();
         for step in 0..20 {
             let update = ops::ones::<f32>(&[1, 1024]).unwrap();
-            let written =
-                slice_update(&slab.writable().unwrap(), &update, &[step, 0], &[step + 1, 1024]).unwrap();
+            let written = slab.write(&update, &[step, 0], &[step + 1, 1024]).unwrap();
             let read = slice(&written, &[step, 0], &[step + 1, 1024])
                 .unwrap()
                 .sum(false)
@@ -110,12 +143,27 @@ mod tests {
         let slab = Slab::zeros(&[2, 4, 1], Dtype::Float32).unwrap();
         let rows = Array::from_slice(&[3_i32, 0], &[2]);
         let updates = Array::from_slice(&[1.0_f32, 2.0, 3.0, 4.0], &[2, 2, 1, 1]);
-        let written = scatter_rows(&slab.writable().unwrap(), &rows, &updates, 1).unwrap();
+        let written = slab.write_rows(&rows, &updates, 1).unwrap();
         eval([&written]).unwrap();
         assert_eq!(
             slab.array().to_vec_cast::<f32>().unwrap(),
             [3.0, 0.0, 0.0, 1.0, 4.0, 0.0, 0.0, 2.0]
         );
+    }
+
+    #[test]
+    fn memory_is_taken_when_it_is_written() {
+        // 4 GiB: a copy of it would show.
+        mlx_rs::memory::reset_peak_memory().unwrap();
+        let slab = Slab::new(&[1 << 20, 1 << 10], Dtype::Float32).unwrap();
+        let one = Array::from_slice(&[7.0_f32], &[1, 1]);
+        let last = [(1 << 20) - 1, (1 << 10) - 1];
+        let end = [1 << 20, 1 << 10];
+        slab.write(&one, &last, &end).unwrap().eval().unwrap();
+        assert!(mlx_rs::memory::peak_memory().unwrap() < 5 << 30);
+        let read = slice(slab.array(), &last, &end).unwrap();
+        assert_eq!(read.item_cast::<f32>(), 7.0);
+        assert!(Slab::new(&[3, 0], Dtype::Float32).is_err());
     }
 
     #[test]

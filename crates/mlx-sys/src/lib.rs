@@ -12,6 +12,15 @@ unsafe extern "C" {
     /// one whole row-contiguous buffer. Returns non-zero, after calling the error handler, when it is not. An operation
     /// that consumes the alias and may reuse its input's buffer writes into `source`.
     pub fn mlx_sys_array_alias(result: *mut mlx_array, source: mlx_array) -> std::ffi::c_int;
+
+    /// Writes to `result` an array of that shape over memory that nobody has written yet, with the element type of `like`.
+    /// Returns non-zero, after calling the error handler, for an impossible shape or when there is no memory.
+    pub fn mlx_sys_array_uninitialised(
+        result: *mut mlx_array,
+        shape: *const std::ffi::c_int,
+        axes: usize,
+        like: mlx_array,
+    ) -> std::ffi::c_int;
 }
 
 /// What multiplies matrices on the CPU: OpenBLAS with its configuration, or the BLAS that libmlx brings itself.

@@ -239,6 +239,10 @@ pub struct ModelInfo {
     pub weight_bytes: u64,
     /// Requests that can run and wait at the same time.
     pub capacity: usize,
+    /// Tokens that the KV cache holds.
+    pub kv_capacity_tokens: usize,
+    /// Bytes of the KV cache.
+    pub kv_capacity_bytes: u64,
     /// Effective limits, reported in the `ready` line and at `/status`: free-form numbers by name.
     pub limits: serde_json::Map<String, serde_json::Value>,
 }
@@ -266,4 +270,8 @@ pub struct EngineStats {
     pub prefill_tokens: u64,
     /// Tokens generated.
     pub decode_tokens: u64,
+    /// Prompt tokens taken from the prefix cache.
+    pub cached_tokens: u64,
+    /// Requests that lost their place in the KV cache to older ones, and were computed again later.
+    pub preempted: u64,
 }

@@ -84,6 +84,8 @@ impl ScriptedBackend {
                 vocab_size,
                 weight_bytes: 0,
                 capacity: CAPACITY,
+                kv_capacity_tokens: 1 << 20,
+                kv_capacity_bytes: 1 << 30,
                 limits: serde_json::Map::new(),
             },
             planner: Box::new(planner),

@@ -2,22 +2,27 @@
 //!
 //! | module     | idea                                                      |
 //! |------------|-----------------------------------------------------------|
-//! | `run`      | the thread's loop: take requests, prefill, decode         |
+//! | `start`    | a configuration to a model that has run                   |
+//! | `run`      | the thread's loop: take requests, step, tell readers      |
+//! | `stepper`  | what the scheduler plans, carried out one step ahead      |
 //! | `sequence` | one request on its way                                    |
-//! | `sampler`  | how one request's tokens are chosen                       |
 //! | `memory`   | how memory is divided: arithmetic                         |
 //! | `device`   | what memory there is, and MLX's limits                    |
+//! | `sampler`  | how tokens are chosen, all rows at once                   |
 //! | `stats`    | counters                                                  |
+//! | `bench`    | how fast the model runs with nothing around it            |
 //!
-//! Sequences are stepped one after the other. Decoding several in one forward pass, a paged cache and a prefix cache
-//! replace `run` and the cache, behind the same handle.
+//! What happens in a step is decided by the pure `scheduler`, which also owns the KV cache's book-keeping.
 
+pub mod bench;
 pub mod device;
 pub mod memory;
 mod run;
 mod sampler;
 mod sequence;
+mod start;
 mod stats;
+mod stepper;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -25,13 +30,15 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use kv_cache::CacheConfig;
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
 
 use crate::backend::{
     Backend, EngineState, EngineStats, GenerateRequest, Generation, ModelInfo, SubmitError, event_capacity,
 };
-use crate::model::{LoadError, LoadProgress};
+use crate::model::weights::Storage;
+use crate::model::{LoadError, LoadOptions, LoadProgress};
 use run::Command;
 use stats::Counters;
 
@@ -222,6 +229,13 @@ impl Backend for Engine {
                 context_length,
             });
         }
+        let (tokens, bytes) = (self.info.kv_capacity_tokens, self.info.kv_capacity_bytes);
+        if prompt_tokens >= tokens {
+            return Err(SubmitError::NeverFits(format!(
+                "the prompt has {prompt_tokens} tokens, but the KV cache of this worker holds {tokens} tokens in \
+                 {bytes} bytes (--cache-memory-mb), the reply's included"
+            )));
+        }
         let place = self
             .counters
             .place(self.info.capacity)
@@ -262,16 +276,29 @@ impl Backend for Engine {
 }
 
 /// What `/status` and the `ready` line tell of the effective limits.
-fn limits(config: &EngineConfig, context_length: usize, storage: crate::model::weights::Storage) -> Limits {
+fn limits(
+    config: &EngineConfig,
+    cache: &CacheConfig,
+    context_length: usize,
+    options: LoadOptions,
+    storage: Storage,
+) -> Limits {
     let value = json!({
         "context_length": context_length,
         "max_running": config.max_running,
         "max_waiting": config.max_waiting,
         "prefill_chunk": config.prefill_chunk,
+        "step_budget": config.step_budget,
+        "kv_block_size": cache.block_size,
+        "kv_blocks": cache.total_blocks,
+        "kv_bytes": cache.block_bytes().saturating_mul(cache.total_blocks as u64),
+        "kv_tokens": cache.capacity_tokens(),
+        "prefix_cache": cache.prefix_cache,
         "buffer_cache_bytes": config.buffer_cache_bytes,
         "weights_mapped_bytes": storage.mapped_bytes,
         "weights_in_place": storage.in_place,
         "weights_copied_bytes": storage.copied_bytes,
+        "weights_expanded": options.expand,
     });
     match value {
         serde_json::Value::Object(map) => map,

@@ -1,20 +1,25 @@
 //! The engine thread's loop.
 
-use std::collections::VecDeque;
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use kv_cache::SeqId;
 use mlx_rs::error::Exception;
+use scheduler::{NewRequest, Plan, Refusal, Scheduler};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use super::sampler::Sampler;
 use super::sequence::{Outcome, Sequence};
+use super::start;
 use super::stats::{Counters, Place};
-use super::{EngineConfig, StartError, limits};
-use crate::backend::{EngineError, EngineState, GenerateRequest, GenerationEvent, ModelInfo, SamplingParams};
-use crate::model::{LoadProgress, Model};
+use super::stepper::{DecodeRow, Landed, Stepper};
+use super::{EngineConfig, StartError};
+use crate::backend::{EngineError, EngineState, GenerateRequest, GenerationEvent, ModelInfo};
+use crate::model::LoadProgress;
 
 /// What the handle asks of the thread.
 #[derive(Debug)]
@@ -26,13 +31,6 @@ pub(super) enum Command {
     },
     /// Look at the stop flag.
     Wake,
-}
-
-/// A request that has no place to run yet.
-struct Waiting {
-    request: GenerateRequest,
-    events: mpsc::Sender<GenerationEvent>,
-    place: Place,
 }
 
 /// An idle engine wakes this often, to show that it lives.
@@ -50,7 +48,9 @@ pub(super) fn thread(
     progress: &mut dyn FnMut(LoadProgress),
 ) {
     let started = catch_unwind(AssertUnwindSafe(|| {
-        Loop::start(config, counters, inbox, stopping, progress)
+        let (parts, info) = start::start(config, progress)?;
+        counters.turned();
+        Ok::<_, StartError>((Loop::new(parts, counters, inbox, stopping), info))
     }));
     let reason = match started {
         Ok(Ok((engine, info))) => match ready.send(Ok(info)) {
@@ -82,108 +82,42 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> &str {
 struct Broken(String);
 
 struct Loop<'a> {
-    config: EngineConfig,
-    context_length: usize,
+    started: Instant,
+    /// Prompt plus reply, at most: what the context length and the KV cache have room for.
+    most_tokens: usize,
+    max_wait: Option<Duration>,
     counters: &'a Arc<Counters>,
     inbox: &'a Receiver<Command>,
     /// Set by the handle.
     stopping: &'a AtomicBool,
-    model: Model,
-    waiting: VecDeque<Waiting>,
-    running: Vec<Sequence>,
+    scheduler: Scheduler,
+    stepper: Stepper,
+    sequences: HashMap<SeqId, Sequence>,
+    next_id: u64,
     /// The handle is gone, and with it everybody who could ask for something.
     abandoned: bool,
 }
 
 impl<'a> Loop<'a> {
-    fn start(
-        config: EngineConfig,
+    fn new(
+        parts: start::Parts,
         counters: &'a Arc<Counters>,
         inbox: &'a Receiver<Command>,
         stopping: &'a AtomicBool,
-        progress: &mut dyn FnMut(LoadProgress),
-    ) -> Result<(Self, ModelInfo), StartError> {
-        let warm_up = |error: Exception| StartError::WarmUp(error.what().to_owned());
-        let runtime = mlx_ext::runtime().map_err(warm_up)?;
-        tracing::info!(
-            version = runtime.version,
-            device = runtime.device,
-            blas = runtime.cpu_blas,
-            "MLX"
-        );
-        mlx_rs::memory::set_cache_limit(config.buffer_cache_bytes).map_err(warm_up)?;
-
-        let model = Model::load(&config.model, config.mapped, progress)?;
-        let known = model.config().max_positions;
-        let context_length = match config.context_length {
-            Some(asked) if asked > known => return Err(StartError::Context { asked, known }),
-            Some(asked) => asked,
-            None => known,
-        };
-        let info = ModelInfo {
-            architecture: model.config().model_type.clone(),
-            context_length,
-            vocab_size: usize::try_from(model.config().vocab).unwrap_or_default(),
-            weight_bytes: model.weight_bytes(),
-            capacity: config.capacity(),
-            limits: limits(&config, context_length, model.storage()),
-        };
-        let engine = Self {
-            config,
-            context_length,
+    ) -> Self {
+        Self {
+            started: Instant::now(),
+            most_tokens: parts.most_tokens,
+            max_wait: parts.max_wait,
             counters,
             inbox,
             stopping,
-            model,
-            waiting: VecDeque::new(),
-            running: Vec::new(),
+            scheduler: parts.scheduler,
+            stepper: parts.stepper,
+            sequences: HashMap::new(),
+            next_id: 0,
             abandoned: false,
-        };
-        engine.warm_up().map_err(warm_up)?;
-        counters.turned();
-        Ok((engine, info))
-    }
-
-    /// A real prefill and two decodes, greedy and sampled: kernels are compiled and weights touched before anybody
-    /// waits for it, and a model that cannot run is found before the port is announced.
-    fn warm_up(&self) -> Result<(), Exception> {
-        let prompt = vec![
-            0_u32;
-            self.config
-                .prefill_chunk
-                .min(self.context_length.saturating_sub(3))
-                .clamp(1, 64)
-        ];
-        for temperature in [0.0, 0.7] {
-            let sampling = SamplingParams {
-                temperature,
-                top_p: 0.9,
-                ..SamplingParams::greedy()
-            };
-            let request = GenerateRequest {
-                prompt: prompt.clone(),
-                max_tokens: 2,
-                sampling,
-                stop_tokens: Vec::new(),
-                logprobs: None,
-            };
-            let (sender, _receiver) = mpsc::channel(8);
-            let place = self
-                .counters
-                .place(usize::MAX)
-                .map_err(|_| Exception::custom("no place"))?;
-            let mut sequence = Sequence::new(&self.model, request, sender, self.context_length, place)?;
-            while sequence.is_prefilling() {
-                sequence.prefill(&self.model, self.config.prefill_chunk)?;
-            }
-            loop {
-                let next = sequence.start_next(&self.model)?;
-                if sequence.finish_step(next)? == Outcome::Done {
-                    break;
-                }
-            }
         }
-        Ok(())
     }
 
     /// Runs until told to stop, or until MLX gives up; tells every client, and returns why it ended.
@@ -205,7 +139,6 @@ impl<'a> Loop<'a> {
         while !self.abandoned && !self.stopping.load(Relaxed) {
             self.take_commands();
             self.drop_cancelled();
-            self.admit();
             let worked = self.step();
             self.report();
             worked?;
@@ -215,7 +148,7 @@ impl<'a> Loop<'a> {
 
     /// Takes what has come in; waits for something when there is nothing else to do.
     fn take_commands(&mut self) {
-        if self.running.is_empty() && self.waiting.is_empty() {
+        if self.scheduler.is_idle() && !self.stepper.is_flying() {
             match self.inbox.recv_timeout(IDLE_TURN) {
                 Ok(command) => self.take(command),
                 Err(RecvTimeoutError::Timeout) => return,
@@ -240,102 +173,173 @@ impl<'a> Loop<'a> {
                 request,
                 events,
                 place,
-            } => {
-                self.waiting.push_back(Waiting {
-                    request,
-                    events,
-                    place,
-                });
-            }
+            } => self.submit(request, events, place),
             Command::Wake => {}
         }
     }
 
-    fn drop_cancelled(&mut self) {
-        self.waiting.retain(|waiting| !waiting.events.is_closed());
-        self.running.retain(|sequence| !sequence.is_cancelled());
-    }
-
-    fn admit(&mut self) {
-        while self.running.len() < self.config.max_running
-            && let Some(Waiting {
-                request,
-                events,
-                place,
-            }) = self.waiting.pop_front()
-        {
-            match Sequence::new(&self.model, request, events.clone(), self.context_length, place) {
-                Ok(sequence) => self.running.push(sequence),
-                Err(error) => {
-                    let error = EngineError::Step(error.what().to_owned());
-                    let _ = events.try_send(GenerationEvent::Failed(error));
-                }
-            }
+    fn submit(&mut self, request: GenerateRequest, events: mpsc::Sender<GenerationEvent>, place: Place) {
+        let id = SeqId(self.next_id);
+        self.next_id += 1;
+        let room = self.most_tokens.saturating_sub(request.prompt.len());
+        let limit = request.max_tokens.min(room);
+        let sequence = Sequence::new(&request, events, place, limit);
+        if tracing::enabled!(tracing::Level::DEBUG) {
+            self.explain_miss(&request.prompt);
         }
-        // Before the step and not only after it: a step that never ends must be seen as one.
-        self.counters.running.store(self.running.len(), Relaxed);
+        let new = NewRequest {
+            id,
+            prompt: request.prompt,
+            max_new_tokens: limit,
+            now: self.started.elapsed(),
+        };
+        match self.scheduler.submit(new) {
+            Ok(()) => {
+                self.sequences.insert(id, sequence);
+            }
+            Err(refusal) => sequence.fail(refused(&refusal)),
+        }
     }
 
-    /// One chunk of one prompt, and one token for every sequence that decodes: a long prompt holds the others up by a
-    /// chunk at most.
+    /// Where a prompt that could have been reused parts from what is cached.
+    fn explain_miss(&self, prompt: &[u32]) {
+        if let Some(divergence) = self.scheduler.divergence(prompt) {
+            tracing::debug!(?divergence, prompt_tokens = prompt.len(), "prefix cache");
+        }
+    }
+
+    fn drop_cancelled(&mut self) {
+        let gone: Vec<SeqId> = self
+            .sequences
+            .iter()
+            .filter(|(_, sequence)| sequence.is_cancelled())
+            .map(|(&id, _)| id)
+            .collect();
+        for id in gone {
+            self.scheduler.cancel(id);
+            self.sequences.remove(&id);
+        }
+    }
+
+    /// Issues one step and reads the one before it.
     fn step(&mut self) -> Result<(), Broken> {
-        if self.running.is_empty() {
+        if self.scheduler.is_idle() && !self.stepper.is_flying() {
             return Ok(());
         }
+        let plan = self.scheduler.plan(self.started.elapsed());
         self.counters.steps.fetch_add(1, Relaxed);
-        if let Some(index) = self.running.iter().position(Sequence::is_prefilling)
-            && let Some(sequence) = self.running.get_mut(index)
-        {
-            match sequence.prefill(&self.model, self.config.prefill_chunk) {
-                Ok(tokens) => {
-                    self.counters.prefill_tokens.fetch_add(tokens as u64, Relaxed);
-                }
-                Err(error) => self.fail(index, &error)?,
-            }
-        }
-
-        // All next steps are on their way before the first of the current ones is waited for.
-        let model = &self.model;
-        let mut started = Vec::with_capacity(self.running.len());
-        for sequence in self
-            .running
-            .iter_mut()
-            .filter(|sequence| !sequence.is_prefilling())
-        {
-            started.push(sequence.start_next(model));
-        }
-        let mut started = started.into_iter();
-        let mut index = 0;
-        while let Some(sequence) = self.running.get_mut(index) {
-            if sequence.is_prefilling() {
-                index += 1;
-                continue;
-            }
-            let outcome = started
-                .next()
-                .unwrap_or(Ok(None))
-                .and_then(|next| sequence.finish_step(next));
-            match outcome {
-                Ok(Outcome::Goes) => {
-                    self.counters.decode_tokens.fetch_add(1, Relaxed);
-                    index += 1;
-                }
-                Ok(Outcome::Done) => {
-                    self.counters.decode_tokens.fetch_add(1, Relaxed);
-                    self.running.remove(index);
-                }
-                Err(error) => self.fail(index, &error)?,
+        // Before the step and not only after it: a step that never ends must be seen as one.
+        self.counters.running.store(self.scheduler.running(), Relaxed);
+        self.stepper.begin();
+        self.issue(plan)?;
+        for (rows, read) in self.stepper.read() {
+            match read {
+                Ok(landed) => self.land(landed),
+                Err(error) => self.fail(&rows, &error)?,
             }
         }
         Ok(())
     }
 
-    /// Ends one sequence with an error. When MLX cannot even add two numbers any more, the engine is done for.
-    fn fail(&mut self, index: usize, error: &Exception) -> Result<(), Broken> {
+    fn issue(&mut self, plan: Plan) -> Result<(), Broken> {
+        for id in plan.expired {
+            if let Some(sequence) = self.sequences.remove(&id) {
+                sequence.fail(EngineError::WaitedTooLong(self.max_wait.unwrap_or_default()));
+            }
+        }
+        for id in plan.preempted {
+            self.counters.preempted.fetch_add(1, Relaxed);
+            if let Some(sequence) = self.sequences.get_mut(&id)
+                && let Ok(Some(history)) = self.stepper.park(id)
+            {
+                sequence.history = Some(history);
+            }
+        }
+        if let Err(error) = self.stepper.copy(&plan.copies) {
+            // Whose copies these were is not known here: all that are about to be computed.
+            let rows: Vec<SeqId> = plan.prefill.iter().map(|chunk| chunk.id).collect();
+            let rows = rows.into_iter().chain(plan.decode.iter().map(|row| row.id));
+            return self.fail(&rows.collect::<Vec<_>>(), &error);
+        }
+        for chunk in plan.prefill {
+            let Some(sequence) = self.sequences.get_mut(&chunk.id) else {
+                continue;
+            };
+            if let Some(cached_tokens) = chunk.first {
+                sequence.start(cached_tokens);
+            }
+            let draw = if chunk.last {
+                Some((&mut sequence.sampler, sequence.history.take()))
+            } else {
+                None
+            };
+            let table = self.scheduler.table(chunk.id);
+            let issued = self
+                .stepper
+                .prefill(chunk.id, &chunk.tokens, chunk.start, &chunk.runs, table, draw);
+            self.counters
+                .prefill_tokens
+                .fetch_add(chunk.tokens.len() as u64, Relaxed);
+            if let Err(error) = issued {
+                self.fail(&[chunk.id], &error)?;
+            }
+        }
+        if plan.decode.is_empty() {
+            return Ok(());
+        }
+        let rows: Vec<DecodeRow<'_>> = plan
+            .decode
+            .iter()
+            .filter(|row| self.sequences.contains_key(&row.id))
+            .map(|row| DecodeRow {
+                id: row.id,
+                position: row.position,
+                slot: row.slot,
+                table: self.scheduler.table(row.id),
+            })
+            .collect();
+        let order: HashMap<SeqId, usize> = rows.iter().zip(0..).map(|(row, place)| (row.id, place)).collect();
+        let mut samplers: Vec<(usize, &mut Sampler)> = self
+            .sequences
+            .iter_mut()
+            .filter_map(|(id, sequence)| Some((*order.get(id)?, &mut sequence.sampler)))
+            .collect();
+        samplers.sort_unstable_by_key(|(place, _)| *place);
+        let mut samplers: Vec<&mut Sampler> = samplers.into_iter().map(|(_, sampler)| sampler).collect();
+        if let Err(error) = self.stepper.decode(&rows, &mut samplers) {
+            let rows: Vec<SeqId> = rows.iter().map(|row| row.id).collect();
+            return self.fail(&rows, &error);
+        }
+        Ok(())
+    }
+
+    /// Tokens have been read: their readers get them.
+    fn land(&mut self, landed: Vec<Landed>) {
+        for Landed { id, token, logprob } in landed {
+            // It may have ended, or been cancelled, while this was under way.
+            let Some(sequence) = self.sequences.get_mut(&id) else {
+                continue;
+            };
+            self.counters.decode_tokens.fetch_add(1, Relaxed);
+            self.scheduler.token(id, token);
+            if sequence.take(token, logprob) == Outcome::Done {
+                self.scheduler.finish(id);
+                self.sequences.remove(&id);
+            }
+        }
+    }
+
+    /// Ends the sequences of a step that failed. When MLX cannot even add two numbers any more, the engine is done for.
+    fn fail(&mut self, rows: &[SeqId], error: &Exception) -> Result<(), Broken> {
         tracing::error!(error = error.what(), "a step failed");
-        self.running
-            .remove(index)
-            .fail(EngineError::Step(error.what().to_owned()));
+        for &id in rows {
+            self.scheduler.cancel(id);
+            if let Some(sequence) = self.sequences.remove(&id) {
+                sequence.fail(EngineError::Step(error.what().to_owned()));
+            }
+        }
+        // What the step should have written may be cached by now.
+        self.scheduler.clear_cache();
         let one = mlx_rs::Array::from_f32(1.0);
         let probe = one.add(&one).and_then(|sum| sum.eval());
         if let Err(second) = probe {
@@ -345,23 +349,27 @@ impl<'a> Loop<'a> {
     }
 
     fn fail_all(&mut self, error: &EngineError) {
-        for sequence in self.running.drain(..) {
-            sequence.fail(error.clone());
-        }
+        self.stepper.clear();
         while let Ok(command) = self.inbox.try_recv() {
             self.take(command);
         }
-        for Waiting { events, .. } in self.waiting.drain(..) {
-            let _ = events.try_send(GenerationEvent::Failed(error.clone()));
+        for (_, sequence) in self.sequences.drain() {
+            sequence.fail(error.clone());
         }
         self.report();
     }
 
     fn report(&self) {
-        self.counters.running.store(self.running.len(), Relaxed);
-        self.counters
-            .kv_used_bytes
-            .store(self.running.iter().map(Sequence::kv_bytes).sum(), Relaxed);
-        self.counters.turned();
+        let counters = self.counters;
+        counters.running.store(self.scheduler.running(), Relaxed);
+        let usage = self.scheduler.usage();
+        counters.kv_used_bytes.store(usage.used_bytes, Relaxed);
+        let cache = self.scheduler.counters();
+        counters.cached_tokens.store(cache.cached_tokens, Relaxed);
+        counters.turned();
     }
+}
+
+fn refused(refusal: &Refusal) -> EngineError {
+    EngineError::Step(refusal.to_string())
 }

@@ -1,40 +1,80 @@
-//! Chooses tokens, on the device. Each request owns one: nothing here is shared between requests.
+//! Chooses tokens, on the device, for all rows of a step at once. What belongs to a request stays with its row: no
+//! parameter, count or random number of one row has a part in another's.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use mlx_ext::ops::slice;
 use mlx_rs::error::Result;
 use mlx_rs::ops::indexing::{argmax_axis, take_along_axis};
-use mlx_rs::{Array, ops, random};
+use mlx_rs::{Array, ops};
 
 use crate::backend::SamplingParams;
 
 /// Below this temperature a draw is greedy: dividing by less would overflow.
 const COLDEST: f32 = 1e-5;
 
-/// State of one request's choices.
+/// One request's choices.
 #[derive(Debug)]
 pub(super) struct Sampler {
     params: SamplingParams,
-    vocab: i32,
-    /// Split at every draw.
-    key: Option<Array>,
-    /// Added to the logits: `[1, vocab]`.
-    bias: Option<Array>,
-    /// How often the reply has each token: `[1, vocab]`, floats. Kept when a penalty needs it.
-    counts: Option<Array>,
-    /// 1 for each token in prompt or reply: `[1, vocab]`, floats. Kept when the repetition penalty needs it.
-    seen: Option<Array>,
+    /// `None` for greedy ones.
+    random: Option<fastrand::Rng>,
     /// How many of the likeliest tokens to report.
     logprobs: Option<usize>,
+    /// Tokens of the prompt, when the repetition penalty needs them.
+    prompt: Vec<u32>,
 }
 
-/// What one draw gives, still on the device.
+/// What earlier draws leave for the penalties of later ones, one row a request. `None`: no row needs it.
+#[derive(Debug, Clone, Default)]
+pub(super) struct History {
+    /// How often each reply has each token: `[rows, vocab]`, floats.
+    counts: Option<Array>,
+    /// 1 for each token in prompt or reply: `[rows, vocab]`, floats.
+    seen: Option<Array>,
+}
+
+/// The parameters of several rows as arrays, built once for as long as the same rows are stepped together.
+#[derive(Debug)]
+pub(super) struct Parameters {
+    rows: i32,
+    vocab: i32,
+    /// `[rows, vocab]`.
+    bias: Option<Array>,
+    /// `[rows, 1]` each: frequency and presence.
+    penalties: Option<(Array, Array)>,
+    /// `[rows, 1]`.
+    repetition: Option<Array>,
+    random: Option<Random>,
+    /// `[1, vocab]`: the token ids.
+    ids: Option<Array>,
+    logprobs: Vec<Option<i32>>,
+}
+
+/// Of the rows that are not greedy; greedy ones get values that do no harm.
+#[derive(Debug)]
+struct Random {
+    /// True for greedy rows: `[rows, 1]`. `None`: there are none.
+    greedy: Option<Array>,
+    /// `[rows, 1]`.
+    temperature: Array,
+    /// `[rows, 1]`, integers; at most `candidates`.
+    top_k: Option<Array>,
+    /// Only so many of the likeliest are looked at, when every row says so.
+    candidates: Option<i32>,
+    /// `[rows, 1]`.
+    top_p: Option<Array>,
+    /// Logarithms: `[rows, 1]`.
+    min_p: Option<Array>,
+}
+
+/// One draw for each row, still on the device.
 #[derive(Debug)]
 pub(super) struct Draw {
-    /// The token: `[1, 1]`, unsigned.
-    pub(super) token: Array,
-    pub(super) logprobs: Option<DrawnLogprobs>,
+    /// The tokens: `[rows]`, unsigned.
+    pub(super) tokens: Array,
+    /// For each row that wants them.
+    pub(super) logprobs: Vec<Option<DrawnLogprobs>>,
 }
 
 /// Log-probabilities at one position, still on the device.
@@ -49,119 +89,288 @@ pub(super) struct DrawnLogprobs {
 impl Draw {
     /// All arrays, to be evaluated together.
     pub(super) fn arrays(&self) -> impl Iterator<Item = &Array> {
-        let logprobs = self.logprobs.as_ref();
-        let top = logprobs.and_then(|logprobs| logprobs.top.as_ref());
-        std::iter::once(&self.token)
-            .chain(logprobs.map(|logprobs| &logprobs.own))
-            .chain(top.into_iter().flat_map(|(ids, values)| [ids, values]))
+        let logprobs = self.logprobs.iter().flatten();
+        std::iter::once(&self.tokens).chain(logprobs.flat_map(|logprobs| {
+            let top = logprobs.top.iter();
+            std::iter::once(&logprobs.own).chain(top.flat_map(|(ids, values)| [ids, values]))
+        }))
     }
 }
 
 impl Sampler {
-    /// For a request with that prompt, over `vocab` tokens.
-    pub(super) fn new(
-        params: SamplingParams,
-        prompt: &[u32],
-        vocab: i32,
-        logprobs: Option<usize>,
-    ) -> Result<Self> {
-        let dense = |entries: &mut dyn Iterator<Item = (u32, f32)>| {
-            let mut row = vec![0.0_f32; usize::try_from(vocab).unwrap_or_default()];
-            for (id, value) in entries {
-                if let Some(place) = row.get_mut(usize::try_from(id).unwrap_or(usize::MAX)) {
-                    *place = value;
-                }
-            }
-            Array::from_slice(&row, &[1, vocab])
-        };
-        let bias = (!params.logit_bias.is_empty()).then(|| dense(&mut params.logit_bias.iter().copied()));
-        let seen = (params.repetition_penalty != 1.0).then(|| dense(&mut prompt.iter().map(|&id| (id, 1.0))));
-        let counted = params.presence_penalty != 0.0 || params.frequency_penalty != 0.0;
-        let counts = counted.then(|| dense(&mut std::iter::empty()));
-        let key = if params.temperature >= COLDEST {
-            let seed = params
-                .seed
-                .unwrap_or_else(|| RandomState::new().build_hasher().finish());
-            Some(random::key(seed)?)
+    /// For a request with that prompt.
+    pub(super) fn new(params: SamplingParams, prompt: &[u32], logprobs: Option<usize>) -> Self {
+        let random = (params.temperature >= COLDEST).then(|| {
+            let seed = params.seed;
+            fastrand::Rng::with_seed(seed.unwrap_or_else(|| RandomState::new().build_hasher().finish()))
+        });
+        let prompt = if params.repetition_penalty == 1.0 {
+            Vec::new()
         } else {
-            None
+            prompt.to_vec()
+        };
+        Self {
+            params,
+            random,
+            logprobs,
+            prompt,
+        }
+    }
+
+    fn counts(&self) -> bool {
+        self.params.presence_penalty != 0.0 || self.params.frequency_penalty != 0.0
+    }
+
+    fn repeats(&self) -> bool {
+        self.params.repetition_penalty != 1.0
+    }
+
+    /// What it starts with, one row.
+    pub(super) fn history(&self, vocab: i32) -> History {
+        History {
+            counts: self.counts().then(|| dense(std::iter::empty(), vocab)),
+            seen: self
+                .repeats()
+                .then(|| dense(self.prompt.iter().map(|&id| (id, 1.0)), vocab)),
+        }
+    }
+}
+
+fn dense(entries: impl Iterator<Item = (u32, f32)>, vocab: i32) -> Array {
+    let mut row = vec![0.0_f32; usize::try_from(vocab).unwrap_or_default()];
+    for (id, value) in entries {
+        if let Some(place) = row.get_mut(usize::try_from(id).unwrap_or(usize::MAX)) {
+            *place = value;
+        }
+    }
+    Array::from_slice(&row, &[1, vocab])
+}
+
+impl History {
+    /// Row `row` alone.
+    pub(super) fn row(&self, row: i32) -> Result<Self> {
+        let one = |array: &Option<Array>| {
+            let array = array.as_ref();
+            array
+                .map(|array| slice(array, &[row, 0], &[row + 1, array.dim(1)]))
+                .transpose()
         };
         Ok(Self {
-            params,
-            vocab,
-            key,
-            bias,
-            counts,
-            seen,
-            logprobs,
+            counts: one(&self.counts)?,
+            seen: one(&self.seen)?,
         })
     }
 
-    /// Draws the next token from `logits`, `[1, vocab]`.
-    pub(super) fn draw(&mut self, logits: &Array) -> Result<Draw> {
-        let logits = self.adjust(&logits.as_type::<f32>()?)?;
-        let token = match self.key.take() {
-            None => argmax_axis(&logits, -1, true)?,
-            Some(key) => {
-                let (next, now) = random::split(&key, 2)?;
-                self.key = Some(next);
-                self.random(&logits, &now)?
+    /// Several single rows, one below the other.
+    pub(super) fn join(rows: &[Self], vocab: i32) -> Result<Self> {
+        let all = |part: fn(&Self) -> &Option<Array>| {
+            if rows.iter().all(|row| part(row).is_none()) {
+                return Ok(None);
+            }
+            let empty = dense(std::iter::empty(), vocab);
+            let arrays: Vec<&Array> = rows
+                .iter()
+                .map(|row| part(row).as_ref().unwrap_or(&empty))
+                .collect();
+            ops::concatenate(&arrays, 0).map(Some)
+        };
+        Ok(Self {
+            counts: all(|row| &row.counts)?,
+            seen: all(|row| &row.seen)?,
+        })
+    }
+
+    pub(super) fn arrays(&self) -> impl Iterator<Item = &Array> {
+        self.counts.iter().chain(&self.seen)
+    }
+
+    fn add(&mut self, tokens: &Array, ids: &Array) -> Result<()> {
+        let hit = ids.eq(&tokens.expand_dims(-1)?)?.as_type::<f32>()?;
+        if let Some(counts) = self.counts.take() {
+            self.counts = Some(counts.add(&hit)?);
+        }
+        if let Some(seen) = self.seen.take() {
+            self.seen = Some(ops::maximum(seen, &hit)?);
+        }
+        Ok(())
+    }
+}
+
+impl Parameters {
+    /// Of rows over `vocab` tokens.
+    pub(super) fn new(samplers: &[&Sampler], vocab: i32) -> Result<Self> {
+        let rows = i32::try_from(samplers.len()).unwrap_or(i32::MAX);
+        let column = |value: &dyn Fn(&SamplingParams) -> f32| {
+            let values: Vec<f32> = samplers.iter().map(|sampler| value(&sampler.params)).collect();
+            Array::from_slice(&values, &[rows, 1])
+        };
+        let any = |test: &dyn Fn(&Sampler) -> bool| samplers.iter().any(|sampler| test(sampler));
+        let bias = if any(&|sampler| !sampler.params.logit_bias.is_empty()) {
+            let rows: Vec<Array> = samplers
+                .iter()
+                .map(|sampler| dense(sampler.params.logit_bias.iter().copied(), vocab))
+                .collect();
+            Some(ops::concatenate(&rows, 0)?)
+        } else {
+            None
+        };
+        let history = any(&|sampler| sampler.counts() || sampler.repeats());
+        Ok(Self {
+            rows,
+            vocab,
+            bias,
+            penalties: any(&Sampler::counts).then(|| {
+                (
+                    column(&|params| params.frequency_penalty),
+                    column(&|params| params.presence_penalty),
+                )
+            }),
+            repetition: any(&Sampler::repeats).then(|| column(&|params| params.repetition_penalty)),
+            random: any(&|sampler| sampler.random.is_some()).then(|| Random::new(samplers, rows, vocab)),
+            ids: if history {
+                Some(ops::arange::<_, u32>(None, vocab, None)?.reshape(&[1, vocab])?)
+            } else {
+                None
+            },
+            logprobs: samplers
+                .iter()
+                .map(|sampler| sampler.logprobs.map(|count| i32::try_from(count).unwrap_or(0)))
+                .collect(),
+        })
+    }
+
+    /// Draws the next token of every row from `logits`, `[rows, vocab]`; `samplers` are those it was made of.
+    pub(super) fn draw<'a>(
+        &self,
+        logits: &Array,
+        history: &mut History,
+        samplers: impl Iterator<Item = &'a mut Sampler>,
+    ) -> Result<Draw> {
+        let logits = self.adjust(logits, history)?;
+        let likeliest_token = |logits: &Array| argmax_axis(logits, -1, true);
+        let tokens = match &self.random {
+            None => likeliest_token(&logits)?,
+            Some(random) => {
+                // One number a row and draw, from the row's own generator: a seed means the same in any company.
+                let numbers: Vec<f32> = samplers
+                    .map(|sampler| sampler.random.as_mut().map_or(0.0, fastrand::Rng::f32))
+                    .collect();
+                let numbers = Array::from_slice(&numbers, &[self.rows, 1]);
+                let drawn = random.draw(&logits, &numbers, self.vocab)?;
+                match &random.greedy {
+                    None => drawn,
+                    Some(greedy) => ops::select(greedy, likeliest_token(&logits)?, drawn)?,
+                }
             }
         };
-        let logprobs = match self.logprobs {
-            None => None,
-            Some(count) => Some(likeliest(
-                &logits,
-                &token,
-                i32::try_from(count).unwrap_or(0),
-                self.vocab,
-            )?),
-        };
-        self.remember(&token)?;
-        Ok(Draw { token, logprobs })
+        let mut logprobs = Vec::with_capacity(self.logprobs.len());
+        for (row, count) in (0..).zip(&self.logprobs) {
+            logprobs.push(match count {
+                None => None,
+                Some(count) => {
+                    let scores = slice(&logits, &[row, 0], &[row + 1, self.vocab])?;
+                    let token = slice(&tokens, &[row, 0], &[row + 1, 1])?;
+                    Some(likeliest(&scores, &token, *count, self.vocab)?)
+                }
+            });
+        }
+        let tokens = tokens.reshape(&[self.rows])?;
+        if let Some(ids) = &self.ids {
+            history.add(&tokens, ids)?;
+        }
+        Ok(Draw { tokens, logprobs })
     }
 
     /// Bias and penalties.
-    fn adjust(&self, logits: &Array) -> Result<Array> {
-        let mut logits = logits.clone();
+    fn adjust(&self, logits: &Array, history: &History) -> Result<Array> {
+        let mut logits = if self.random.is_some() || self.ids.is_some() || self.bias.is_some() {
+            logits.as_type::<f32>()?
+        } else {
+            logits.clone()
+        };
         if let Some(bias) = &self.bias {
             logits = logits.add(bias)?;
         }
-        if let Some(seen) = &self.seen {
-            let penalty = Array::from_f32(self.params.repetition_penalty);
+        if let (Some(penalty), Some(seen)) = (&self.repetition, &history.seen) {
             let zero = Array::from_f32(0.0);
             let lowered = ops::select(
                 logits.gt(&zero)?,
-                logits.divide(&penalty)?,
-                logits.multiply(&penalty)?,
+                logits.divide(penalty)?,
+                logits.multiply(penalty)?,
             )?;
             logits = ops::select(seen.gt(&zero)?, lowered, logits)?;
         }
-        if let Some(counts) = &self.counts {
+        if let (Some((frequency, presence)), Some(counts)) = (&self.penalties, &history.counts) {
             let present = counts.gt(Array::from_f32(0.0))?.as_type::<f32>()?;
             logits = logits
-                .subtract(counts.multiply(Array::from_f32(self.params.frequency_penalty))?)?
-                .subtract(present.multiply(Array::from_f32(self.params.presence_penalty))?)?;
+                .subtract(counts.multiply(frequency)?)?
+                .subtract(present.multiply(presence)?)?;
         }
         Ok(logits)
     }
+}
 
-    /// Temperature, then top-k, top-p and min-p, then a draw.
-    fn random(&self, logits: &Array, key: &Array) -> Result<Array> {
-        let params = &self.params;
-        let logits = logits.divide(Array::from_f32(params.temperature))?;
-        let top_k = i32::try_from(params.top_k).unwrap_or(i32::MAX);
-        let few = top_k > 0 && top_k < self.vocab;
-        if !few && params.top_p >= 1.0 {
-            let kept = keep_min_p(&logits, params.min_p)?;
-            return random::categorical(&kept, -1, None, key)?.reshape(&[1, 1]);
+impl Random {
+    fn new(samplers: &[&Sampler], rows: i32, vocab: i32) -> Self {
+        let hot = |sampler: &&Sampler| sampler.random.is_some();
+        let column = |value: &dyn Fn(&SamplingParams) -> f32, idle: f32| {
+            let values: Vec<f32> = samplers
+                .iter()
+                .map(|sampler| {
+                    if hot(sampler) {
+                        value(&sampler.params)
+                    } else {
+                        idle
+                    }
+                })
+                .collect();
+            Array::from_slice(&values, &[rows, 1])
+        };
+        let any = |test: &dyn Fn(&SamplingParams) -> bool| {
+            samplers
+                .iter()
+                .filter(|sampler| hot(sampler))
+                .any(|sampler| test(&sampler.params))
+        };
+        let greedy: Vec<bool> = samplers.iter().map(|sampler| !hot(sampler)).collect();
+        let limit = |params: &SamplingParams| match i32::try_from(params.top_k).unwrap_or(i32::MAX) {
+            0 => vocab,
+            some => some.min(vocab),
+        };
+        let limits: Vec<i32> = samplers
+            .iter()
+            .map(|sampler| if hot(sampler) { limit(&sampler.params) } else { 1 })
+            .collect();
+        let most = limits.iter().copied().max().unwrap_or(vocab);
+        Self {
+            greedy: greedy
+                .contains(&true)
+                .then(|| Array::from_slice(&greedy, &[rows, 1])),
+            temperature: column(&|params| params.temperature, 1.0),
+            top_k: limits
+                .iter()
+                .any(|&limit| limit < most)
+                .then(|| Array::from_slice(&limits, &[rows, 1])),
+            candidates: (most < vocab).then_some(most),
+            top_p: any(&|params| params.top_p < 1.0).then(|| column(&|params| params.top_p, 1.0)),
+            min_p: any(&|params| params.min_p > 0.0)
+                .then(|| column(&|params| params.min_p.ln(), f32::NEG_INFINITY)),
         }
-        // Candidates in falling order, so that the nucleus is a prefix. With top-k only those k are sorted.
-        let candidates = if few {
-            let split = ops::argpartition_axis(&logits, -top_k, -1)?;
-            Some(slice(&split, &[0, self.vocab - top_k], &[1, self.vocab])?)
-        } else {
-            None
+    }
+
+    /// Temperature, then top-k, top-p and min-p; then the token in whose share of the mass the row's number falls.
+    /// `numbers`: `[rows, 1]`, in `0..1`. Returns `[rows, 1]`.
+    fn draw(&self, logits: &Array, numbers: &Array, vocab: i32) -> Result<Array> {
+        let logits = logits.divide(&self.temperature)?;
+        let rows = logits.dim(0);
+        let unlikely = Array::from_f32(f32::NEG_INFINITY);
+        // In falling order, so that whatever is kept is a prefix. With top-k only the candidates are sorted.
+        let candidates = match self.candidates {
+            Some(most) => {
+                let split = ops::argpartition_axis(&logits, -most, -1)?;
+                Some(slice(&split, &[0, vocab - most], &[rows, vocab])?)
+            }
+            None => None,
         };
         let scores = match &candidates {
             Some(ids) => take_along_axis(&logits, ids, -1)?,
@@ -173,46 +382,36 @@ impl Sampler {
             Some(ids) => take_along_axis(&ids, &order, -1)?,
             None => order,
         };
-        if params.top_p < 1.0 {
-            let shares = ops::softmax_axis(&sorted, -1, true)?;
+        let width = sorted.dim(1);
+        if let Some(top_k) = &self.top_k {
+            let rank = ops::arange::<_, i32>(None, width, None)?.reshape(&[1, width])?;
+            sorted = ops::select(rank.lt(top_k)?, sorted, &unlikely)?;
+        }
+        let nothing = Array::from_f32(0.0);
+        let mut shares = ops::softmax_axis(&sorted, -1, true)?;
+        if let Some(top_p) = &self.top_p {
             // Mass of those before: the first token that reaches the nucleus still belongs to it.
             let before = shares.cumsum(-1, None, false)?;
-            let inside = before.lt(Array::from_f32(params.top_p))?;
-            sorted = ops::select(inside, sorted, Array::from_f32(f32::NEG_INFINITY))?;
+            shares = ops::select(before.lt(top_p)?, &shares, &nothing)?;
         }
-        let kept = keep_min_p(&sorted, params.min_p)?;
-        let place = random::categorical(&kept, -1, None, key)?.reshape(&[1, 1])?;
-        take_along_axis(&ids, &place, -1)
+        if let Some(min_p) = &self.min_p {
+            let floor = slice(&sorted, &[0, 0], &[rows, 1])?.add(min_p)?;
+            shares = ops::select(sorted.lt(floor)?, &nothing, &shares)?;
+        }
+        let mass = shares.cumsum(-1, None, true)?;
+        let total = slice(&mass, &[0, width - 1], &[rows, width])?;
+        let target = numbers.multiply(&total)?;
+        // Those whose mass ends at or below the number come before it; rounding must not lead past what is kept.
+        let before = mass.le(&target)?.as_type::<i32>()?.sum_axis(-1, true)?;
+        let kept = shares.gt(&nothing)?.as_type::<i32>()?.sum_axis(-1, true)?;
+        let last = kept.subtract(Array::from_int(1))?;
+        take_along_axis(&ids, &ops::minimum(&before, &last)?, -1)
     }
-
-    /// Counts the drawn token for later penalties.
-    fn remember(&mut self, token: &Array) -> Result<()> {
-        if self.counts.is_none() && self.seen.is_none() {
-            return Ok(());
-        }
-        let ids = ops::arange::<_, u32>(None, self.vocab, None)?.reshape(&[1, self.vocab])?;
-        let hit = ids.eq(token)?.as_type::<f32>()?;
-        if let Some(counts) = self.counts.take() {
-            self.counts = Some(counts.add(&hit)?);
-        }
-        if let Some(seen) = self.seen.take() {
-            self.seen = Some(ops::maximum(seen, &hit)?);
-        }
-        Ok(())
-    }
-}
-
-/// Drops what is less than `min_p` times as likely as the likeliest.
-fn keep_min_p(logits: &Array, min_p: f32) -> Result<Array> {
-    if min_p <= 0.0 {
-        return Ok(logits.clone());
-    }
-    let floor = logits.max_axis(-1, true)?.add(Array::from_f32(min_p.ln()))?;
-    ops::select(logits.lt(floor)?, Array::from_f32(f32::NEG_INFINITY), logits)
 }
 
 /// Log-probability of the drawn token, and the `count` likeliest with theirs.
 fn likeliest(logits: &Array, token: &Array, count: i32, vocab: i32) -> Result<DrawnLogprobs> {
+    let logits = logits.as_type::<f32>()?;
     let logprobs = logits.subtract(logits.logsumexp_axis(-1, true)?)?;
     let own = take_along_axis(&logprobs, token, -1)?;
     let count = count.min(vocab);
@@ -237,11 +436,54 @@ mod tests {
     const LOGITS: [f32; 6] = [1.0, 3.0, 2.0, -1.0, 0.5, 2.9];
 
     fn draws(params: SamplingParams, prompt: &[u32], count: usize) -> Vec<u32> {
-        let logits = Array::from_slice(&LOGITS, &[1, 6]);
-        let mut sampler = Sampler::new(params, prompt, 6, None).unwrap();
-        (0..count)
-            .map(|_| sampler.draw(&logits).unwrap().token.item_cast::<u32>())
-            .collect()
+        let alone = together(vec![(params.clone(), prompt)], count).remove(0);
+        // Whatever else is drawn in the same step, before and behind it.
+        let loud = SamplingParams {
+            temperature: 1.3,
+            top_k: 2,
+            repetition_penalty: 1.7,
+            frequency_penalty: 1.0,
+            logit_bias: vec![(4, 50.0)],
+            seed: Some(9),
+            ..SamplingParams::greedy()
+        };
+        if params.seed.is_some() || params.temperature < COLDEST {
+            let company = together(
+                vec![
+                    (loud.clone(), &[3]),
+                    (params, prompt),
+                    (SamplingParams::greedy(), &[]),
+                    (loud, &[]),
+                ],
+                count,
+            );
+            assert_eq!(company[1], alone);
+            assert_eq!(company[2], vec![1; count]);
+        }
+        alone
+    }
+
+    /// The draws of several rows stepped together.
+    fn together(rows: Vec<(SamplingParams, &[u32])>, count: usize) -> Vec<Vec<u32>> {
+        let width = i32::try_from(rows.len()).unwrap();
+        let logits = Array::from_slice(&LOGITS.repeat(rows.len()), &[width, 6]);
+        let mut samplers: Vec<Sampler> = rows
+            .into_iter()
+            .map(|(params, prompt)| Sampler::new(params, prompt, None))
+            .collect();
+        let parameters = Parameters::new(&samplers.iter().collect::<Vec<_>>(), 6).unwrap();
+        let histories: Vec<History> = samplers.iter().map(|sampler| sampler.history(6)).collect();
+        let mut history = History::join(&histories, 6).unwrap();
+        let mut drawn = vec![Vec::new(); samplers.len()];
+        for _ in 0..count {
+            let draw = parameters
+                .draw(&logits, &mut history, samplers.iter_mut())
+                .unwrap();
+            for (row, token) in drawn.iter_mut().zip(draw.tokens.to_vec_cast::<u32>().unwrap()) {
+                row.push(token);
+            }
+        }
+        drawn
     }
 
     fn seen(params: SamplingParams) -> Vec<u32> {
@@ -360,8 +602,12 @@ mod tests {
     fn logprobs_are_those_of_the_distribution() {
         let logits = Array::from_slice(&LOGITS, &[1, 6]);
         let total: f32 = LOGITS.iter().map(|logit| logit.exp()).sum::<f32>().ln();
-        let mut sampler = Sampler::new(SamplingParams::greedy(), &[], 6, Some(2)).unwrap();
-        let DrawnLogprobs { own, top } = sampler.draw(&logits).unwrap().logprobs.unwrap();
+        let mut sampler = Sampler::new(SamplingParams::greedy(), &[], Some(2));
+        let parameters = Parameters::new(&[&sampler], 6).unwrap();
+        let mut draw = parameters
+            .draw(&logits, &mut History::default(), std::iter::once(&mut sampler))
+            .unwrap();
+        let DrawnLogprobs { own, top } = draw.logprobs.remove(0).unwrap();
         assert!((own.item_cast::<f32>() - (3.0 - total)).abs() < 1e-5);
         let (ids, values) = top.unwrap();
         assert_eq!(ids.to_vec_cast::<u32>().unwrap(), [1, 5]);

@@ -19,6 +19,8 @@ pub(super) struct Counters {
     pub(super) kv_used_bytes: AtomicU64,
     pub(super) prefill_tokens: AtomicU64,
     pub(super) decode_tokens: AtomicU64,
+    pub(super) cached_tokens: AtomicU64,
+    pub(super) preempted: AtomicU64,
     active_bytes: AtomicU64,
     peak_bytes: AtomicU64,
     buffer_cache_bytes: AtomicU64,
@@ -35,6 +37,8 @@ impl Counters {
             kv_used_bytes: AtomicU64::default(),
             prefill_tokens: AtomicU64::default(),
             decode_tokens: AtomicU64::default(),
+            cached_tokens: AtomicU64::default(),
+            preempted: AtomicU64::default(),
             active_bytes: AtomicU64::default(),
             peak_bytes: AtomicU64::default(),
             buffer_cache_bytes: AtomicU64::default(),
@@ -77,6 +81,8 @@ impl Counters {
             buffer_cache_bytes: self.buffer_cache_bytes.load(Relaxed),
             prefill_tokens: self.prefill_tokens.load(Relaxed),
             decode_tokens: self.decode_tokens.load(Relaxed),
+            cached_tokens: self.cached_tokens.load(Relaxed),
+            preempted: self.preempted.load(Relaxed),
         }
     }
 }

@@ -1,13 +1,14 @@
 //! Grouped-query attention with normalised queries and keys, as Qwen3 has it.
 
+use mlx_ext::ops::slice;
 use mlx_rs::error::Result;
 use mlx_rs::fast::{self, ScaledDotProductAttentionMask};
 use mlx_rs::utils::IntoOption;
 use mlx_rs::{Array, ops};
 
 use super::LoadError;
-use super::cache::LayerCache;
 use super::config::{ModelConfig, Rope};
+use super::kv::{Chunk, LayerSlabs, Rows, Span, read};
 use super::layers::{Linear, RmsNorm};
 use super::weights::Weights;
 
@@ -58,8 +59,15 @@ impl Attention {
         })
     }
 
-    /// `x`: `[1, length, hidden]`, at positions `offset..offset + length`.
-    pub(super) fn forward(&self, x: &Array, offset: i32, cache: &mut LayerCache) -> Result<Array> {
+    /// `x`: `[1, length, hidden]`, the chunk's tokens, and so the result. What has been written to the slabs goes to
+    /// `written`.
+    pub(super) fn prefill(
+        &self,
+        x: &Array,
+        chunk: &Chunk<'_>,
+        slabs: &LayerSlabs,
+        written: &mut Vec<Array>,
+    ) -> Result<Array> {
         let length = x.dim(1);
         let split = |projected: Array, heads| projected.reshape(&[1, length, heads, self.head_dim]);
         let rotate = |heads: Array| {
@@ -69,7 +77,7 @@ impl Attention {
                 false,
                 self.rope.theta,
                 self.rope.scale,
-                offset,
+                chunk.start,
                 None,
             )
         };
@@ -79,7 +87,11 @@ impl Attention {
         let queries = rotate(queries.swap_axes(1, 2)?)?;
         let keys = rotate(keys.swap_axes(1, 2)?)?;
 
-        let (keys, values) = cache.append(offset, &keys, &values)?;
+        let key_slab = chunk.write(&slabs.keys, &keys)?;
+        let value_slab = chunk.write(&slabs.values, &values)?;
+        let keys = read(&key_slab, chunk.reads)?;
+        let values = read(&value_slab, chunk.reads)?;
+        written.extend([key_slab, value_slab]);
         // A single query sees every key; several see those up to their own position.
         let mask: Option<ScaledDotProductAttentionMask<'_>> = if length > 1 {
             ScaledDotProductAttentionMask::Causal.into_option()
@@ -89,5 +101,67 @@ impl Attention {
         let mixed = fast::scaled_dot_product_attention(&queries, &keys, &values, self.scale, mask, None)?;
         let joined = ops::swap_axes(&mixed, 1, 2)?.reshape(&[1, length, self.heads * self.head_dim])?;
         self.output.apply(&joined)
+    }
+
+    /// `x`: `[1, rows, hidden]`, one token of each sequence, and so the result.
+    pub(super) fn decode(&self, x: &Array, rows: &Rows, slabs: &LayerSlabs) -> Result<Array> {
+        let count = rows.count();
+        let split = |projected: Array, heads| projected.reshape(&[count, heads, 1, self.head_dim]);
+        let rotate = |heads: Array| {
+            fast::rope_dynamic(
+                heads,
+                self.head_dim,
+                false,
+                self.rope.theta,
+                self.rope.scale,
+                rows.positions(),
+                None,
+            )
+        };
+        let queries = self.query_norm.apply(&split(self.query.apply(x)?, self.heads)?)?;
+        let keys = self.key_norm.apply(&split(self.key.apply(x)?, self.kv_heads)?)?;
+        let values = split(self.value.apply(x)?, self.kv_heads)?;
+        let (queries, keys) = (rotate(queries)?, rotate(keys)?);
+
+        let key_slab = rows.write(&slabs.keys, &keys)?;
+        let value_slab = rows.write(&slabs.values, &values)?;
+        let mixed = self.attend(&queries, &key_slab, &value_slab, rows)?;
+        let joined = mixed.reshape(&[1, count, self.heads * self.head_dim])?;
+        self.output.apply(&joined)
+    }
+
+    /// Attention of one query a row: `[rows, heads, 1, head_dim]`, and so the result.
+    fn attend(&self, queries: &Array, keys: &Array, values: &Array, rows: &Rows) -> Result<Array> {
+        let count = rows.count();
+        if let Some(padded) = rows.padded() {
+            let gather = |slab: &Array| {
+                let rows = slab.take_axis(&padded.index, 1)?;
+                rows.reshape(&[self.kv_heads, count, padded.longest, self.head_dim])?
+                    .swap_axes(0, 1)
+            };
+            let mask = ScaledDotProductAttentionMask::Array(&padded.mask);
+            return fast::scaled_dot_product_attention(
+                queries,
+                &gather(keys)?,
+                &gather(values)?,
+                self.scale,
+                mask,
+                None,
+            );
+        }
+        let one = |queries: &Array, spans: &[Span]| {
+            let (keys, values) = (read(keys, spans)?, read(values, spans)?);
+            let mask: Option<ScaledDotProductAttentionMask<'_>> = None;
+            fast::scaled_dot_product_attention(queries, &keys, &values, self.scale, mask, None)
+        };
+        if let [spans] = rows.reads() {
+            return one(queries, spans);
+        }
+        let mut mixed = Vec::with_capacity(rows.reads().len());
+        for (row, spans) in (0..).zip(rows.reads()) {
+            let query = slice(queries, &[row, 0, 0, 0], &[row + 1, self.heads, 1, self.head_dim])?;
+            mixed.push(one(&query, spans)?);
+        }
+        ops::concatenate(&mixed, 0)
     }
 }

@@ -2,7 +2,7 @@
 
 use mlx_rs::error::Result;
 use mlx_rs::ops::indexing::take_axis;
-use mlx_rs::{Array, fast, ops};
+use mlx_rs::{Array, Dtype, fast, ops};
 
 use super::LoadError;
 use super::config::{Affine, ModelConfig};
@@ -58,12 +58,29 @@ impl Matrix {
             changed
         };
         let groups = with_last(inputs / affine.group);
+        let packed = weights.packed(&weight, &with_last(inputs * affine.bits / 32))?;
+        let scales = weights.float(&scales, &groups)?;
+        let biases = weights.float(&format!("{path}.biases"), &groups)?;
+        if weights.expands() {
+            let plain = ops::dequantize(&packed, &scales, &biases, affine.group, affine.bits)?;
+            // Now, so that the packed form can go.
+            plain.eval()?;
+            return Ok(Self::Plain(plain));
+        }
         Ok(Self::Quantised {
-            packed: weights.packed(&weight, &with_last(inputs * affine.bits / 32))?,
-            scales: weights.float(&scales, &groups)?,
-            biases: weights.float(&format!("{path}.biases"), &groups)?,
+            packed,
+            scales,
+            biases,
             affine,
         })
+    }
+
+    /// Type of what it gives.
+    pub(super) fn dtype(&self) -> Dtype {
+        match self {
+            Self::Plain(weight) => weight.dtype(),
+            Self::Quantised { scales, .. } => scales.dtype(),
+        }
     }
 
     /// `x @ matrix.T`: `[..., inputs]` to `[..., outputs]`.

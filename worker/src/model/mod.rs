@@ -8,13 +8,13 @@
 //! | `attention` | grouped-query attention over the cache                                         |
 //! | `moe`       | the mixture of experts                                                         |
 //! | `qwen3`     | Qwen3 and Qwen3-MoE                                                            |
-//! | `cache`     | keys and values of one sequence                                                |
+//! | `kv`        | keys and values of all sequences                                               |
 //!
 //! Everything here belongs to the engine's thread: arrays are built and evaluated nowhere else.
 
 mod attention;
-pub mod cache;
 pub mod config;
+pub mod kv;
 mod layers;
 mod moe;
 mod qwen3;
@@ -22,11 +22,11 @@ pub mod weights;
 
 use std::path::{Path, PathBuf};
 
-use mlx_rs::Array;
+use mlx_rs::{Array, Dtype};
 use thiserror::Error;
 
-use cache::SequenceCache;
 use config::ModelConfig;
+use kv::{Chunk, KvSlabs, Rows};
 use weights::{Storage, Weights};
 
 /// Why a model cannot be loaded. Each message names the file, and the tensor or key in it.
@@ -74,6 +74,16 @@ pub struct LoadProgress {
     pub total: u64,
 }
 
+/// How weights are taken into memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Map the files instead of reading them.
+    pub mapped: bool,
+    /// Expand quantised and half-precision weights to float32: on a CPU, where MLX multiplies only float32 matrices with a
+    /// tuned library. Costs up to 8 times the bytes of a 4-bit model.
+    pub expand: bool,
+}
+
 /// A model ready to run.
 #[derive(Debug)]
 pub struct Model {
@@ -84,18 +94,18 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads `folder`; `mapped` chooses memory-mapped weights over reading the files. Calls `progress` after each file.
+    /// Loads `folder`. Calls `progress` after each file.
     ///
     /// # Errors
     ///
     /// See [`LoadError`]: config.json, the index, a file or a tensor.
     pub fn load(
         folder: &Path,
-        mapped: bool,
+        options: LoadOptions,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, LoadError> {
         let config = ModelConfig::read(&folder.join("config.json"))?;
-        let mut weights = Weights::open(folder, mapped, progress)?;
+        let mut weights = Weights::open(folder, options, progress)?;
         let decoder = qwen3::Decoder::load(&config, &mut weights)?;
         weights.log();
         Ok(Self {
@@ -124,20 +134,70 @@ impl Model {
         self.storage
     }
 
-    /// An empty cache for one sequence.
-    #[must_use]
-    pub fn new_cache(&self) -> SequenceCache {
-        SequenceCache::new(self.config.layers, self.config.kv_heads, self.config.head_dim)
+    /// Room for the keys and values of `positions` tokens.
+    ///
+    /// # Errors
+    ///
+    /// MLX's own, such as no memory.
+    pub fn new_kv(&self, positions: i32) -> mlx_rs::error::Result<KvSlabs> {
+        let ModelConfig {
+            layers,
+            kv_heads,
+            head_dim,
+            ..
+        } = self.config;
+        KvSlabs::new(layers, kv_heads, head_dim, positions, self.decoder.dtype())
     }
 
-    /// Runs the decoder over the next tokens of a sequence. `tokens`: `[1, length]`, integers; the cache grows by
-    /// `length`. Returns hidden states `[1, length, hidden]`.
+    /// Bytes of keys and values for one token, all layers together.
+    #[must_use]
+    pub fn kv_shape(&self) -> kv_cache::KvShape {
+        let size = |number: i32| usize::try_from(number).unwrap_or_default();
+        kv_cache::KvShape {
+            layers: self.config.layers,
+            kv_heads: size(self.config.kv_heads),
+            key_dim: size(self.config.head_dim),
+            value_dim: size(self.config.head_dim),
+            bytes_per_element: if self.decoder.dtype() == Dtype::Float32 {
+                4
+            } else {
+                2
+            },
+        }
+    }
+
+    /// Runs the decoder over a chunk of one sequence's prompt, `tokens`: `[1, length]`, integers. Returns hidden states
+    /// `[1, length, hidden]`, and the arrays to evaluate when only the keys and values are wanted.
     ///
     /// # Errors
     ///
     /// MLX's own.
-    pub fn forward(&self, tokens: &Array, cache: &mut SequenceCache) -> mlx_rs::error::Result<Array> {
-        self.decoder.forward(tokens, cache)
+    pub fn prefill(
+        &self,
+        tokens: &Array,
+        chunk: &Chunk<'_>,
+        kv: &KvSlabs,
+    ) -> mlx_rs::error::Result<(Array, Vec<Array>)> {
+        self.decoder.prefill(tokens, chunk, kv)
+    }
+
+    /// Runs the decoder over the next token of each of several sequences, `tokens`: `[1, rows]`, integers. Returns hidden
+    /// states `[1, rows, hidden]`.
+    ///
+    /// # Errors
+    ///
+    /// MLX's own.
+    pub fn decode(&self, tokens: &Array, rows: &Rows, kv: &KvSlabs) -> mlx_rs::error::Result<Array> {
+        self.decoder.decode(tokens, rows, kv)
+    }
+
+    /// Scores of the token after each of `hidden`: `[1, length, hidden]` to `[length, vocabulary]`.
+    ///
+    /// # Errors
+    ///
+    /// MLX's own.
+    pub fn logits(&self, hidden: &Array) -> mlx_rs::error::Result<Array> {
+        self.decoder.logits(hidden)
     }
 
     /// Scores of the token after the last of `hidden`: `[1, length, hidden]` to `[1, vocabulary]`.
@@ -146,6 +206,8 @@ impl Model {
     ///
     /// MLX's own.
     pub fn last_logits(&self, hidden: &Array) -> mlx_rs::error::Result<Array> {
-        self.decoder.last_logits(hidden)
+        let (length, width) = (hidden.dim(1), hidden.dim(2));
+        let last = mlx_ext::ops::slice(hidden, &[0, length - 1, 0], &[1, length, width])?;
+        self.logits(&last)
     }
 }

@@ -3,13 +3,13 @@
 //! Source of the arithmetic and of the tensor names: Hugging Face transformers' `qwen3` and `qwen3_moe`; parity with
 //! MLX's Python reference is tested (`tests/parity`).
 
-use mlx_rs::Array;
 use mlx_rs::error::Result;
+use mlx_rs::{Array, Dtype};
 
 use super::LoadError;
 use super::attention::Attention;
-use super::cache::SequenceCache;
 use super::config::ModelConfig;
+use super::kv::{Chunk, KvSlabs, LayerSlabs, Rows};
 use super::layers::{Linear, Matrix, RmsNorm, swiglu};
 use super::moe::Experts;
 use super::weights::Weights;
@@ -58,13 +58,41 @@ impl Decoder {
         })
     }
 
-    pub(super) fn forward(&self, tokens: &Array, cache: &mut SequenceCache) -> Result<Array> {
+    /// Type of the residual stream, and so of keys and values.
+    pub(super) fn dtype(&self) -> Dtype {
+        self.embedding.dtype()
+    }
+
+    /// `tokens`: `[1, length]`. Returns hidden states `[1, length, hidden]` and the slabs' arrays with the chunk in them.
+    pub(super) fn prefill(
+        &self,
+        tokens: &Array,
+        chunk: &Chunk<'_>,
+        slabs: &KvSlabs,
+    ) -> Result<(Array, Vec<Array>)> {
+        let mut written = Vec::with_capacity(2 * self.layers.len());
+        let hidden = self.forward(tokens, slabs, |attention, x, slabs| {
+            attention.prefill(x, chunk, slabs, &mut written)
+        })?;
+        Ok((hidden, written))
+    }
+
+    /// `tokens`: `[1, rows]`, one of each sequence. Returns hidden states `[1, rows, hidden]`.
+    pub(super) fn decode(&self, tokens: &Array, rows: &Rows, slabs: &KvSlabs) -> Result<Array> {
+        self.forward(tokens, slabs, |attention, x, slabs| {
+            attention.decode(x, rows, slabs)
+        })
+    }
+
+    fn forward(
+        &self,
+        tokens: &Array,
+        slabs: &KvSlabs,
+        mut attend: impl FnMut(&Attention, &Array, &LayerSlabs) -> Result<Array>,
+    ) -> Result<Array> {
         let mut x = self.embedding.rows(tokens)?;
-        let (offset, caches) = cache.begin(tokens.dim(1));
-        for (layer, cache) in self.layers.iter().zip(caches) {
-            let mixed = layer
-                .attention
-                .forward(&layer.attention_norm.apply(&x)?, offset, cache)?;
+        for (layer, slabs) in self.layers.iter().zip(slabs.layers()) {
+            let mixed = attend(&layer.attention, &layer.attention_norm.apply(&x)?, slabs)?;
             x = x.add(mixed)?;
             let changed = layer.feed_forward.forward(&layer.feed_forward_norm.apply(&x)?)?;
             x = x.add(changed)?;
@@ -72,14 +100,13 @@ impl Decoder {
         Ok(x)
     }
 
-    pub(super) fn last_logits(&self, hidden: &Array) -> Result<Array> {
-        let (length, width) = (hidden.dim(1), hidden.dim(2));
-        let last =
-            mlx_ext::ops::slice(hidden, &[0, length - 1, 0], &[1, length, width])?.reshape(&[1, width])?;
+    /// `[1, rows, hidden]` to `[rows, vocabulary]`.
+    pub(super) fn logits(&self, hidden: &Array) -> Result<Array> {
+        let rows = hidden.reshape(&[-1, hidden.dim(2)])?;
         self.head
             .as_ref()
             .unwrap_or(&self.embedding)
-            .apply(&self.norm.apply(&last)?)
+            .apply(&self.norm.apply(&rows)?)
     }
 }
 

@@ -11,7 +11,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype as FileDtype, Metadata};
 use serde_json::Value;
 
-use super::{LoadError, LoadProgress};
+use super::{LoadError, LoadOptions, LoadProgress};
 
 /// How the weights lie in memory, for logs and status.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -34,6 +34,7 @@ pub struct Weights {
     taken: HashSet<String>,
     bytes: u64,
     storage: Storage,
+    expand: bool,
 }
 
 #[derive(Debug)]
@@ -57,16 +58,11 @@ impl Weights {
     /// No weight file, one that is missing from the index's list, truncated or corrupt.
     pub fn open(
         folder: &Path,
-        mapped: bool,
+        options: LoadOptions,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, LoadError> {
         let files = list(folder)?;
-        let size = |path: &PathBuf| {
-            fs::metadata(path)
-                .map(|data| data.len())
-                .map_err(|error| failed(path, error))
-        };
-        let total = files.iter().map(size).sum::<Result<u64, _>>()?;
+        let total = bytes(folder)?;
         let mut weights = Self {
             folder: folder.to_path_buf(),
             shards: Vec::with_capacity(files.len()),
@@ -74,11 +70,12 @@ impl Weights {
             taken: HashSet::new(),
             bytes: total,
             storage: Storage::default(),
+            expand: options.expand,
         };
         let mut done = 0;
         progress(LoadProgress { done, total });
         for path in files {
-            let shard = Shard::open(path, mapped)?;
+            let shard = Shard::open(path, options.mapped)?;
             for name in shard.metadata.tensors().into_keys() {
                 weights.places.insert(name, weights.shards.len());
             }
@@ -108,9 +105,20 @@ impl Weights {
         self.places.contains_key(name)
     }
 
+    /// Quantised tensors are to be expanded.
+    pub(crate) fn expands(&self) -> bool {
+        self.expand
+    }
+
     /// The float tensor `name` (float32, float16 or bfloat16) of exactly that shape.
     pub(crate) fn float(&mut self, name: &str, shape: &[i32]) -> Result<Array, LoadError> {
-        self.take(name, shape, &[FileDtype::F32, FileDtype::F16, FileDtype::BF16])
+        let found = self.take(name, shape, &[FileDtype::F32, FileDtype::F16, FileDtype::BF16])?;
+        if !self.expand || found.dtype() == Dtype::Float32 {
+            return Ok(found);
+        }
+        let single = found.as_type::<f32>()?;
+        single.eval()?;
+        Ok(single)
     }
 
     /// The tensor `name` of packed integers of exactly that shape.
@@ -177,6 +185,20 @@ impl Weights {
             );
         }
     }
+}
+
+/// Bytes of all weight files of a model, before any of them is opened.
+///
+/// # Errors
+///
+/// No weight file, or one that is missing from the index's list.
+pub(crate) fn bytes(folder: &Path) -> Result<u64, LoadError> {
+    let size = |path: &PathBuf| {
+        fs::metadata(path)
+            .map(|data| data.len())
+            .map_err(|error| failed(path, error))
+    };
+    list(folder)?.iter().map(size).sum()
 }
 
 /// The files that the index names, else every `model*.safetensors`.

@@ -79,7 +79,7 @@ impl Text {
 ///
 /// # Errors
 /// A number that this machine cannot count to; a share of a memory whose size the system does not tell.
-pub(super) fn engine(knobs: &Knobs, model: PathBuf) -> Result<EngineConfig> {
+pub fn engine(knobs: &Knobs, model: PathBuf) -> Result<EngineConfig> {
     let kv_bytes = match (knobs.cache_memory_mb, knobs.cache_memory_percent) {
         (Some(mebibytes), _) => Some(mebibytes.saturating_mul(MEBIBYTE)),
         (None, Some(share)) => {

@@ -1,0 +1,245 @@
+//! `mlxworker bench`: how fast the model itself runs here, to hold a server against.
+//!
+//! *bare*: the model's own steps, one ahead of their reader, with nothing around them: no scheduler, no text, no HTTP.
+//! *engine*: the same through the engine's handle.
+
+use std::time::{Duration, Instant};
+
+use kv_cache::{BlockId, SeqId, SlotRun};
+use mlx_rs::error::Exception;
+use serde::Serialize;
+
+use super::sampler::Sampler;
+use super::start;
+use super::stepper::{DecodeRow, Stepper};
+use super::{Engine, EngineConfig, StartError};
+use crate::backend::{Backend, GenerateRequest, GenerationEvent, SamplingParams};
+
+/// What to measure.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Wish {
+    /// Sequences stepped together.
+    pub streams: usize,
+    /// Tokens of each prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated for each.
+    pub tokens: usize,
+    /// Measured so often; the best counts.
+    pub rounds: usize,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, Serialize)]
+pub struct Figures {
+    /// `bare` or `engine`.
+    pub path: &'static str,
+    /// Sequences stepped together.
+    pub streams: usize,
+    /// Tokens of each prompt.
+    pub prompt_tokens: usize,
+    /// Tokens generated for each.
+    pub tokens: usize,
+    /// Tokens of all streams together, a second, after each stream's first token.
+    pub tokens_per_second: f64,
+    /// Milliseconds from one token of a stream to its next.
+    pub step_ms: f64,
+    /// Prompt tokens a second, until every stream has its first token.
+    pub prefill_tokens_per_second: f64,
+    /// Most bytes that MLX held at once.
+    pub peak_bytes: usize,
+    /// What the worker reports of its limits.
+    pub limits: serde_json::Map<String, serde_json::Value>,
+}
+
+fn failed(error: &Exception) -> StartError {
+    StartError::WarmUp(error.what().to_owned())
+}
+
+/// Different tokens for each stream, the same in every run.
+fn prompt(stream: usize, round: usize, length: usize, vocab: usize) -> Vec<u32> {
+    let seed = (round * 1000 + stream) as u64;
+    let mut random = fastrand::Rng::with_seed(seed);
+    let most = u32::try_from(vocab).unwrap_or(u32::MAX).max(2);
+    (0..length).map(|_| random.u32(1..most)).collect()
+}
+
+fn figures(
+    path: &'static str,
+    wish: Wish,
+    (prefill, decode): (Duration, Duration),
+    limits: serde_json::Map<String, serde_json::Value>,
+) -> Figures {
+    let steps = wish.tokens.saturating_sub(1).max(1) as f64;
+    let streams = wish.streams as f64;
+    Figures {
+        path,
+        streams: wish.streams,
+        prompt_tokens: wish.prompt_tokens,
+        tokens: wish.tokens,
+        tokens_per_second: streams * steps / decode.as_secs_f64(),
+        step_ms: decode.as_secs_f64() * 1e3 / steps,
+        prefill_tokens_per_second: streams * wish.prompt_tokens as f64 / prefill.as_secs_f64(),
+        peak_bytes: mlx_rs::memory::peak_memory().unwrap_or_default(),
+        limits,
+    }
+}
+
+/// The model's own steps.
+///
+/// # Errors
+///
+/// The model cannot be loaded or run.
+pub fn bare(config: EngineConfig, wish: Wish) -> Result<Figures, StartError> {
+    let (block_size, chunk) = (config.block_size, config.prefill_chunk);
+    let (parts, info) = start::start(config, &mut |_| {})?;
+    let mut stepper = parts.stepper;
+    let each = (wish.prompt_tokens + wish.tokens + 1).div_ceil(block_size);
+    if each * wish.streams * block_size > info.kv_capacity_tokens {
+        return Err(StartError::WarmUp(format!(
+            "{} streams of {} tokens do not fit into the KV cache of {} tokens (--cache-memory-mb)",
+            wish.streams,
+            wish.prompt_tokens + wish.tokens,
+            info.kv_capacity_tokens
+        )));
+    }
+    let mut best: Option<(Duration, Duration)> = None;
+    for round in 0..wish.rounds.max(1) {
+        let prompts: Vec<Vec<u32>> = (0..wish.streams)
+            .map(|stream| prompt(stream, round, wish.prompt_tokens, info.vocab_size))
+            .collect();
+        let times =
+            run(&mut stepper, &prompts, wish.tokens, block_size, chunk).map_err(|error| failed(&error))?;
+        stepper.clear();
+        best = Some(best.map_or(times, |(prefill, decode)| {
+            (prefill.min(times.0), decode.min(times.1))
+        }));
+    }
+    Ok(figures("bare", wish, best.unwrap_or_default(), info.limits))
+}
+
+/// One round: time until all first tokens are there, and from there to the last.
+fn run(
+    stepper: &mut Stepper,
+    prompts: &[Vec<u32>],
+    tokens: usize,
+    block_size: usize,
+    chunk: usize,
+) -> Result<(Duration, Duration), Exception> {
+    let length = prompts.first().map_or(0, Vec::len);
+    let each = (length + tokens + 1).div_ceil(block_size);
+    let tables: Vec<Vec<BlockId>> = (0..prompts.len())
+        .map(|row| {
+            (row * each..(row + 1) * each)
+                .filter_map(|block| u32::try_from(block).ok().map(BlockId))
+                .collect()
+        })
+        .collect();
+    let mut samplers: Vec<Sampler> = prompts
+        .iter()
+        .map(|prompt| Sampler::new(SamplingParams::greedy(), prompt, None))
+        .collect();
+    let started = Instant::now();
+    stepper.begin();
+    for (((row, prompt), table), sampler) in (0..).zip(prompts).zip(&tables).zip(&mut samplers) {
+        for (start, tokens) in (0..).step_by(chunk).zip(prompt.chunks(chunk)) {
+            let last = start + tokens.len() == prompt.len();
+            let draw = last.then_some((&mut *sampler, None));
+            let runs = runs(table, block_size, start, tokens.len());
+            stepper.prefill(SeqId(row), tokens, start, &runs, table, draw)?;
+        }
+    }
+    let mut first = None;
+    for step in 1..tokens {
+        stepper.begin();
+        let position = length + step - 1;
+        let rows: Vec<DecodeRow<'_>> = (0..)
+            .zip(&tables)
+            .filter_map(|(row, table)| {
+                Some(DecodeRow {
+                    id: SeqId(row),
+                    position,
+                    slot: (*table.get(position / block_size)?, position % block_size),
+                    table,
+                })
+            })
+            .collect();
+        let mut samplers: Vec<&mut Sampler> = samplers.iter_mut().collect();
+        stepper.decode(&rows, &mut samplers)?;
+        for (_, read) in stepper.read() {
+            read?;
+        }
+        first.get_or_insert_with(Instant::now);
+    }
+    stepper.begin();
+    for (_, read) in stepper.read() {
+        read?;
+    }
+    let first = first.unwrap_or_else(Instant::now);
+    Ok((first - started, first.elapsed()))
+}
+
+fn runs(table: &[BlockId], block_size: usize, start: usize, length: usize) -> Vec<SlotRun> {
+    let mut runs = Vec::new();
+    let mut at = start;
+    while at < start + length {
+        let offset = at % block_size;
+        let len = (block_size - offset).min(start + length - at);
+        if let Some(&block) = table.get(at / block_size) {
+            runs.push(SlotRun { block, offset, len });
+        }
+        at += len;
+    }
+    runs
+}
+
+/// Through the engine's handle, as the HTTP layer uses it.
+///
+/// # Errors
+///
+/// The model cannot be loaded or run.
+pub async fn engine(config: EngineConfig, wish: Wish) -> Result<Figures, StartError> {
+    let engine = Engine::start(config, |_| {}).await?;
+    let vocab = engine.info().vocab_size;
+    let mut best: Option<(Duration, Duration)> = None;
+    for round in 0..wish.rounds.max(1) {
+        let started = Instant::now();
+        let mut generations = Vec::new();
+        for stream in 0..wish.streams {
+            let request = GenerateRequest {
+                prompt: prompt(stream, round, wish.prompt_tokens, vocab),
+                max_tokens: wish.tokens,
+                sampling: SamplingParams::greedy(),
+                stop_tokens: Vec::new(),
+                logprobs: None,
+            };
+            let generation = engine.submit(request);
+            generations.push(generation.map_err(|error| StartError::WarmUp(error.to_string()))?);
+        }
+        let mut first: Option<Instant> = None;
+        // Every channel has room for a whole reply: reading one after the other holds nobody up.
+        for generation in &mut generations {
+            while let Some(event) = generation.events.recv().await {
+                match event {
+                    GenerationEvent::Started { .. } => {}
+                    GenerationEvent::Token { .. } => break,
+                    other => return Err(StartError::WarmUp(format!("{other:?}"))),
+                }
+            }
+            first = Some(Instant::now());
+        }
+        for generation in &mut generations {
+            while let Some(event) = generation.events.recv().await {
+                if let GenerationEvent::Failed(error) = event {
+                    return Err(StartError::WarmUp(error.to_string()));
+                }
+            }
+        }
+        let first = first.unwrap_or(started);
+        let times = (first - started, first.elapsed());
+        best = Some(best.map_or(times, |(prefill, decode)| {
+            (prefill.min(times.0), decode.min(times.1))
+        }));
+    }
+    let limits = engine.info().limits.clone();
+    Ok(figures("engine", wish, best.unwrap_or_default(), limits))
+}

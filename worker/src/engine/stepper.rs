@@ -1,0 +1,356 @@
+//! Carries out what the scheduler plans: forward passes and draws, one step ahead of their readers.
+//!
+//! The device is never waited for between a step and the next: step n+1 is built from step n's tokens while these are
+//! still on the device, and only then step n is read.
+
+use kv_cache::{BlockId, CopyBlock, SeqId, SlotRun};
+use mlx_ext::ops::slice;
+use mlx_rs::error::{Exception, Result};
+use mlx_rs::transforms::{async_eval, eval};
+use mlx_rs::{Array, ops};
+
+use super::sampler::{Draw, DrawnLogprobs, History, Parameters, Sampler};
+use crate::backend::TokenLogprobs;
+use crate::model::Model;
+use crate::model::kv::{Chunk, KvSlabs, Move, Row, Rows, Span};
+
+/// Gathering the rows of a step together pays while it reads at most so many positions; a row's own operations cost
+/// more than that.
+const MOST_PADDED: i32 = 8192;
+
+/// The model, its keys and values, and the steps in flight.
+#[derive(Debug)]
+pub(super) struct Stepper {
+    model: Model,
+    kv: KvSlabs,
+    block_size: usize,
+    vocab: i32,
+    /// Draws under way: what the next step continues.
+    flights: Vec<Flight>,
+    /// Draws to read: the step before that.
+    landed: Vec<Flight>,
+    /// Keys and values of chunks that end in no draw, from this step and from the one before.
+    chunks: Vec<Array>,
+    chunks_before: Vec<Array>,
+    /// Parameters of the rows that were stepped together last.
+    parameters: Option<(Vec<SeqId>, Parameters)>,
+}
+
+/// Rows drawn together.
+#[derive(Debug)]
+pub(super) struct Flight {
+    rows: Vec<SeqId>,
+    draw: Draw,
+    history: History,
+}
+
+/// One row of a decode step.
+#[derive(Debug)]
+pub(super) struct DecodeRow<'a> {
+    pub(super) id: SeqId,
+    /// Position of the token in flight.
+    pub(super) position: usize,
+    pub(super) slot: (BlockId, usize),
+    pub(super) table: &'a [BlockId],
+}
+
+/// A token that has been read.
+#[derive(Debug)]
+pub(super) struct Landed {
+    pub(super) id: SeqId,
+    pub(super) token: u32,
+    pub(super) logprob: Option<TokenLogprobs>,
+}
+
+impl Stepper {
+    pub(super) fn new(model: Model, positions: i32, block_size: usize) -> Result<Self> {
+        Ok(Self {
+            kv: model.new_kv(positions)?,
+            vocab: model.config().vocab,
+            model,
+            block_size,
+            flights: Vec::new(),
+            landed: Vec::new(),
+            chunks: Vec::new(),
+            chunks_before: Vec::new(),
+            parameters: None,
+        })
+    }
+
+    /// Tokens are on their way to be read.
+    pub(super) fn is_flying(&self) -> bool {
+        !self.flights.is_empty() || !self.landed.is_empty() || !self.chunks.is_empty()
+    }
+
+    /// What is in flight is to be read; what is issued from now on is the next step.
+    pub(super) fn begin(&mut self) {
+        self.chunks_before = std::mem::take(&mut self.chunks);
+        self.landed.append(&mut self.flights);
+    }
+
+    pub(super) fn copy(&self, copies: &[CopyBlock]) -> Result<()> {
+        let moves = copies
+            .iter()
+            .map(|copy| {
+                Ok(Move {
+                    from: self.flat(copy.from, 0)?,
+                    to: self.flat(copy.to, 0)?,
+                    length: int(copy.tokens)?,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        self.kv.copy(&moves)
+    }
+
+    /// Computes a chunk of a prompt. With `draw` the token after it is drawn.
+    pub(super) fn prefill(
+        &mut self,
+        id: SeqId,
+        tokens: &[u32],
+        start: usize,
+        runs: &[SlotRun],
+        table: &[BlockId],
+        draw: Option<(&mut Sampler, Option<History>)>,
+    ) -> Result<()> {
+        let writes = self.writes(runs)?;
+        let reads = spans(table, self.block_size, start + tokens.len())?;
+        let chunk = Chunk {
+            start: int(start)?,
+            writes: &writes,
+            reads: &reads,
+        };
+        let tokens = Array::from_slice(tokens, &[1, int(tokens.len())?]);
+        let (hidden, written) = self.model.prefill(&tokens, &chunk, &self.kv)?;
+        let Some((sampler, history)) = draw else {
+            async_eval(&written)?;
+            self.chunks.extend(written);
+            return Ok(());
+        };
+        let mut history = history.unwrap_or_else(|| sampler.history(self.vocab));
+        let parameters = Parameters::new(&[&*sampler], self.vocab)?;
+        let logits = self.model.last_logits(&hidden)?;
+        let draw = parameters.draw(&logits, &mut history, std::iter::once(sampler))?;
+        async_eval(draw.arrays().chain(history.arrays()))?;
+        self.flights.push(Flight {
+            rows: vec![id],
+            draw,
+            history,
+        });
+        Ok(())
+    }
+
+    /// The next token of every row, from the draws of the step before. `samplers` has those of `rows`, in that order.
+    pub(super) fn decode(&mut self, rows: &[DecodeRow<'_>], samplers: &mut [&mut Sampler]) -> Result<()> {
+        let ids: Vec<SeqId> = rows.iter().map(|row| row.id).collect();
+        let (tokens, mut history) = self.previous(&ids)?;
+        let places = rows
+            .iter()
+            .map(|row| {
+                let (block, offset) = row.slot;
+                Ok(Row {
+                    position: int(row.position)?,
+                    slot: self.flat(block, offset)?,
+                    reads: spans(row.table, self.block_size, row.position + 1)?,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let places = Rows::new(places, MOST_PADDED);
+        let hidden = self.model.decode(&tokens, &places, &self.kv)?;
+        let logits = self.model.logits(&hidden)?;
+        if self.parameters.as_ref().is_none_or(|(known, _)| *known != ids) {
+            let shared: Vec<&Sampler> = samplers.iter().map(|sampler| &**sampler).collect();
+            self.parameters = Some((ids.clone(), Parameters::new(&shared, self.vocab)?));
+        }
+        let Some((_, parameters)) = &self.parameters else {
+            return Err(Exception::custom("rows without parameters"));
+        };
+        let samplers = samplers.iter_mut().map(|sampler| &mut **sampler);
+        let draw = parameters.draw(&logits, &mut history, samplers)?;
+        async_eval(draw.arrays().chain(history.arrays()))?;
+        self.flights.push(Flight {
+            rows: ids,
+            draw,
+            history,
+        });
+        Ok(())
+    }
+
+    /// The tokens in flight of these rows, `[1, rows]`, and their history.
+    fn previous(&self, ids: &[SeqId]) -> Result<(Array, History)> {
+        let count = int(ids.len())?;
+        if let [flight] = self.landed.as_slice()
+            && flight.rows == ids
+        {
+            let tokens = flight.draw.tokens.reshape(&[1, count])?;
+            return Ok((tokens, flight.history.clone()));
+        }
+        let mut tokens = Vec::with_capacity(ids.len());
+        let mut histories = Vec::with_capacity(ids.len());
+        for &id in ids {
+            let (flight, row) = self
+                .find(id)
+                .ok_or_else(|| Exception::custom(format!("sequence {id} has no token in flight")))?;
+            tokens.push(slice(&flight.draw.tokens, &[row], &[row + 1])?);
+            histories.push(flight.history.row(row)?);
+        }
+        let tokens = ops::concatenate(&tokens, 0)?.reshape(&[1, count])?;
+        Ok((tokens, History::join(&histories, self.vocab)?))
+    }
+
+    /// What a sequence that is not stepped further for now has drawn so far.
+    pub(super) fn park(&self, id: SeqId) -> Result<Option<History>> {
+        self.find(id)
+            .map(|(flight, row)| flight.history.row(row))
+            .transpose()
+    }
+
+    fn find(&self, id: SeqId) -> Option<(&Flight, i32)> {
+        self.landed.iter().find_map(|flight| {
+            let row = flight.rows.iter().position(|&row| row == id)?;
+            Some((flight, i32::try_from(row).ok()?))
+        })
+    }
+
+    /// Waits for the step before this one and reads it: each group of rows with its tokens, or with what went wrong.
+    pub(super) fn read(&mut self) -> Vec<(Vec<SeqId>, Result<Vec<Landed>>)> {
+        let mut all: Vec<_> = std::mem::take(&mut self.landed)
+            .into_iter()
+            .map(|flight| {
+                let read = flight.read();
+                (flight.rows, read)
+            })
+            .collect();
+        // Nobody reads these; waiting for them bounds what is in flight.
+        let chunks = std::mem::take(&mut self.chunks_before);
+        if let Err(error) = eval(&chunks) {
+            all.push((Vec::new(), Err(error)));
+        }
+        all
+    }
+
+    /// Forgets what is in flight.
+    pub(super) fn clear(&mut self) {
+        self.flights.clear();
+        self.landed.clear();
+        self.chunks.clear();
+        self.chunks_before.clear();
+        self.parameters = None;
+    }
+
+    fn writes(&self, runs: &[SlotRun]) -> Result<Vec<Span>> {
+        let mut spans: Vec<Span> = Vec::new();
+        for run in runs {
+            join(
+                &mut spans,
+                Span {
+                    start: self.flat(run.block, run.offset)?,
+                    length: int(run.len)?,
+                },
+            );
+        }
+        Ok(spans)
+    }
+
+    fn flat(&self, block: BlockId, offset: usize) -> Result<i32> {
+        flat(block, self.block_size).and_then(|start| int(start + offset))
+    }
+}
+
+impl Flight {
+    fn read(&self) -> Result<Vec<Landed>> {
+        let tokens = self
+            .draw
+            .tokens
+            .to_vec_cast::<u32>()
+            .map_err(|error| conversion(&error))?;
+        let rows = self.rows.iter().zip(tokens).zip(&self.draw.logprobs);
+        rows.map(|((&id, token), logprobs)| {
+            Ok(Landed {
+                id,
+                token,
+                logprob: logprobs.as_ref().map(read_logprobs).transpose()?,
+            })
+        })
+        .collect()
+    }
+}
+
+/// The slab positions of the first `length` tokens of a sequence with that block table.
+fn spans(table: &[BlockId], block_size: usize, length: usize) -> Result<Vec<Span>> {
+    let mut spans = Vec::new();
+    let mut left = length;
+    for &block in table {
+        if left == 0 {
+            break;
+        }
+        let here = left.min(block_size);
+        let start = int(flat(block, block_size)?)?;
+        join(
+            &mut spans,
+            Span {
+                start,
+                length: int(here)?,
+            },
+        );
+        left -= here;
+    }
+    if left > 0 {
+        return Err(Exception::custom(format!(
+            "a block table of {} blocks for {length} tokens",
+            table.len()
+        )));
+    }
+    Ok(spans)
+}
+
+/// Appends a span, to the last one when it follows that immediately.
+fn join(spans: &mut Vec<Span>, next: Span) {
+    match spans.last_mut() {
+        Some(last) if last.start + last.length == next.start => last.length += next.length,
+        _ => spans.push(next),
+    }
+}
+
+fn flat(block: BlockId, block_size: usize) -> Result<usize> {
+    let block = usize::try_from(block.0).map_err(|_| Exception::custom("a block out of range"))?;
+    Ok(block * block_size)
+}
+
+fn int(number: usize) -> Result<i32> {
+    i32::try_from(number).map_err(|_| Exception::custom(format!("{number} is too large for MLX")))
+}
+
+fn read_logprobs(drawn: &DrawnLogprobs) -> Result<TokenLogprobs> {
+    let logprob = drawn
+        .own
+        .try_item_cast::<f32>()
+        .map_err(|error| conversion(&error))?;
+    let top = match &drawn.top {
+        None => Vec::new(),
+        Some((ids, values)) => {
+            let ids = ids.to_vec_cast::<u32>().map_err(|error| conversion(&error))?;
+            let values = values.to_vec_cast::<f32>().map_err(|error| conversion(&error))?;
+            ids.into_iter().zip(values).collect()
+        }
+    };
+    Ok(TokenLogprobs { logprob, top })
+}
+
+fn conversion(error: &mlx_rs::error::ConversionError) -> Exception {
+    Exception::custom(error.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn consecutive_blocks_are_one_span() {
+        let table = [3, 4, 5, 9, 2].map(BlockId);
+        let found = spans(&table, 16, 70).unwrap();
+        let span = |start, length| Span { start, length };
+        assert_eq!(found, [span(48, 48), span(144, 16), span(32, 6)]);
+        assert_eq!(spans(&table, 16, 5).unwrap(), [span(48, 5)]);
+        assert!(spans(&table, 16, 81).is_err());
+    }
+}

@@ -1,0 +1,276 @@
+//! Keys and values of all sequences, in one slab per layer, and how a forward pass finds its way in them.
+//!
+//! A slab is `[kv_heads, positions, head_dim]`; a block of the cache is a run of its positions, and consecutive blocks
+//! are consecutive positions. What is decided in blocks elsewhere (`crates/kv-cache`) arrives here as [`Span`]s.
+
+use mlx_ext::Slab;
+use mlx_ext::ops::{slice, slice_update};
+use mlx_rs::error::{Exception, Result};
+use mlx_rs::transforms::async_eval;
+use mlx_rs::{Array, Dtype, ops};
+
+/// Consecutive positions of a slab.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// The first.
+    pub start: i32,
+    /// How many, at least 1.
+    pub length: i32,
+}
+
+/// Positions of one slab copied to others, in every layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Move {
+    /// The first to read.
+    pub from: i32,
+    /// The first to write.
+    pub to: i32,
+    /// How many.
+    pub length: i32,
+}
+
+/// Keys and values of one layer.
+#[derive(Debug)]
+pub struct LayerSlabs {
+    /// `[kv_heads, positions, head_dim]`.
+    pub keys: Slab,
+    /// As `keys`.
+    pub values: Slab,
+}
+
+/// Keys and values of all layers.
+#[derive(Debug)]
+pub struct KvSlabs {
+    layers: Vec<LayerSlabs>,
+    positions: i32,
+}
+
+impl KvSlabs {
+    pub(super) fn new(
+        layers: usize,
+        kv_heads: i32,
+        head_dim: i32,
+        positions: i32,
+        dtype: Dtype,
+    ) -> Result<Self> {
+        let shape = [kv_heads, positions, head_dim];
+        let layer = |_| {
+            Ok(LayerSlabs {
+                keys: Slab::new(&shape, dtype)?,
+                values: Slab::new(&shape, dtype)?,
+            })
+        };
+        Ok(Self {
+            layers: (0..layers).map(layer).collect::<Result<_>>()?,
+            positions,
+        })
+    }
+
+    /// Positions of each slab.
+    #[must_use]
+    pub fn positions(&self) -> i32 {
+        self.positions
+    }
+
+    /// Bytes of all slabs.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.layers
+            .iter()
+            .map(|layer| layer.keys.bytes() + layer.values.bytes())
+            .sum()
+    }
+
+    /// One entry a layer.
+    #[must_use]
+    pub fn layers(&self) -> &[LayerSlabs] {
+        &self.layers
+    }
+
+    /// Copies positions, in the order given; whatever is issued later sees them copied.
+    ///
+    /// # Errors
+    ///
+    /// MLX's own.
+    pub fn copy(&self, moves: &[Move]) -> Result<()> {
+        for &Move { from, to, length } in moves {
+            let mut written = Vec::with_capacity(2 * self.layers.len());
+            for slab in self.layers.iter().flat_map(|layer| [&layer.keys, &layer.values]) {
+                let array = slab.array();
+                let (heads, width) = (array.dim(0), array.dim(2));
+                // Memory of its own: what is read and what is written may not be one buffer to MLX.
+                let read = slice(array, &[0, from, 0], &[heads, from + length, width])?.contiguous()?;
+                written.push(slab.write(&read, &[0, to, 0], &[heads, to + length, width])?);
+            }
+            // Each before the next, which may read what it wrote.
+            async_eval(&written)?;
+        }
+        Ok(())
+    }
+}
+
+/// One chunk of one sequence's prompt.
+#[derive(Debug)]
+pub struct Chunk<'a> {
+    /// Tokens of the sequence before it.
+    pub start: i32,
+    /// Where the chunk's keys and values go, in token order.
+    pub writes: &'a [Span],
+    /// Where those of the whole sequence lie, the chunk included, in token order.
+    pub reads: &'a [Span],
+}
+
+/// The next token of each of several sequences.
+#[derive(Debug)]
+pub struct Rows {
+    /// Tokens of each sequence before it: `[rows]`, int32.
+    positions: Array,
+    /// Where each one's keys and values go: `[rows]`, int32.
+    slots: Array,
+    first_slot: i32,
+    /// Where those of each whole sequence lie, the new token included.
+    reads: Vec<Vec<Span>>,
+    padded: Option<Padded>,
+}
+
+/// All rows' keys gathered at once, each padded to the longest.
+#[derive(Debug)]
+pub(super) struct Padded {
+    /// Slab positions: `[rows * longest]`, int32.
+    pub(super) index: Array,
+    /// True where a position counts: `[rows, 1, 1, longest]`.
+    pub(super) mask: Array,
+    pub(super) longest: i32,
+}
+
+/// One row of a [`Rows`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Row {
+    /// Tokens of the sequence before the new one.
+    pub position: i32,
+    /// Where the new token's keys and values go.
+    pub slot: i32,
+    /// Where the whole sequence's lie, the new token included, in token order.
+    pub reads: Vec<Span>,
+}
+
+impl Rows {
+    /// `most_padded`: rows are gathered together while that reads at most so many positions; past it each row is
+    /// attended to by itself, which costs more operations and reads no padding.
+    #[must_use]
+    pub fn new(rows: Vec<Row>, most_padded: i32) -> Self {
+        let count = i32::try_from(rows.len()).unwrap_or(i32::MAX);
+        let column = |value: fn(&Row) -> i32| {
+            let values: Vec<i32> = rows.iter().map(value).collect();
+            Array::from_slice(&values, &[count])
+        };
+        let (positions, slots) = (column(|row| row.position), column(|row| row.slot));
+        let first_slot = rows.first().map_or(0, |row| row.slot);
+        let reads: Vec<Vec<Span>> = rows.into_iter().map(|row| row.reads).collect();
+        let padded = Padded::new(&reads, most_padded);
+        Self {
+            positions,
+            slots,
+            first_slot,
+            reads,
+            padded,
+        }
+    }
+
+    pub(super) fn count(&self) -> i32 {
+        i32::try_from(self.reads.len()).unwrap_or(i32::MAX)
+    }
+
+    pub(super) fn positions(&self) -> &Array {
+        &self.positions
+    }
+
+    pub(super) fn reads(&self) -> &[Vec<Span>] {
+        &self.reads
+    }
+
+    pub(super) fn padded(&self) -> Option<&Padded> {
+        self.padded.as_ref()
+    }
+
+    /// Writes `[rows, kv_heads, 1, head_dim]`, one position for each row. Returns the slab as it is then.
+    pub(super) fn write(&self, slab: &Slab, update: &Array) -> Result<Array> {
+        if self.count() > 1 {
+            return slab.write_rows(&self.slots, update, 1);
+        }
+        let (heads, width) = (slab.array().dim(0), slab.array().dim(2));
+        let update = update.reshape(&[heads, 1, width])?;
+        let at = self.first_slot;
+        slab.write(&update, &[0, at, 0], &[heads, at + 1, width])
+    }
+}
+
+impl Padded {
+    /// `None` for a single row, which has nothing to be padded to, or when it would read too much.
+    fn new(reads: &[Vec<Span>], most: i32) -> Option<Self> {
+        let length = |spans: &[Span]| spans.iter().map(|span| span.length).sum::<i32>();
+        let longest = reads.iter().map(|spans| length(spans)).max()?;
+        let rows = i32::try_from(reads.len()).ok()?;
+        let total: i32 = reads.iter().map(|spans| length(spans)).sum();
+        // Lengths that differ much would mostly read padding.
+        let all = rows.checked_mul(longest)?;
+        if rows < 2 || all > most || all > total.saturating_mul(2) {
+            return None;
+        }
+        let capacity = usize::try_from(all).ok()?;
+        let (mut index, mut mask) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
+        for spans in reads {
+            for span in spans {
+                index.extend(span.start..span.start + span.length);
+            }
+            let padding = usize::try_from(longest - length(spans)).ok()?;
+            mask.resize(index.len(), true);
+            // The mask hides it, but only a finite number: a position of the row's own has one, an unused one may not.
+            index.resize(index.len() + padding, spans.first().map_or(0, |span| span.start));
+            mask.resize(index.len(), false);
+        }
+        Some(Self {
+            index: Array::from_slice(&index, &[all]),
+            mask: Array::from_slice(&mask, &[rows, 1, 1, longest]),
+            longest,
+        })
+    }
+}
+
+impl Chunk<'_> {
+    /// Writes `[1, kv_heads, length, head_dim]`. Returns the slab as it is then.
+    pub(super) fn write(&self, slab: &Slab, update: &Array) -> Result<Array> {
+        let (heads, width) = (slab.array().dim(0), slab.array().dim(2));
+        let update = update.squeeze_axes(&[0])?;
+        let mut written: Option<Array> = None;
+        let mut done = 0;
+        for &Span { start, length } in self.writes {
+            let part = if length == update.dim(1) {
+                update.clone()
+            } else {
+                slice(&update, &[0, done, 0], &[heads, done + length, width])?
+            };
+            let (start, stop) = ([0, start, 0], [heads, start + length, width]);
+            written = Some(match written.take() {
+                None => slab.write(&part, &start, &stop)?,
+                Some(array) => slice_update(&array, &part, &start, &stop)?,
+            });
+            done += length;
+        }
+        written.ok_or_else(|| Exception::custom("a chunk without a place for its keys and values"))
+    }
+}
+
+/// The positions `spans` of a slab, in order: `[1, kv_heads, length, head_dim]`. One span is a view; several are copied.
+pub(super) fn read(slab: &Array, spans: &[Span]) -> Result<Array> {
+    let (heads, width) = (slab.dim(0), slab.dim(2));
+    let part = |&Span { start, length }: &Span| slice(slab, &[0, start, 0], &[heads, start + length, width]);
+    let all = match spans {
+        [one] => part(one)?,
+        several => {
+            let parts = several.iter().map(part).collect::<Result<Vec<_>>>()?;
+            ops::concatenate(&parts, 1)?
+        }
+    };
+    all.expand_dims(0)
+}
