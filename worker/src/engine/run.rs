@@ -203,8 +203,14 @@ impl<'a> Loop<'a> {
 
     /// Where a prompt that could have been reused parts from what is cached.
     fn explain_miss(&self, prompt: &[u32]) {
-        if let Some(divergence) = self.scheduler.divergence(prompt) {
-            tracing::debug!(?divergence, prompt_tokens = prompt.len(), "prefix cache");
+        let found = self.scheduler.divergence(prompt, 16);
+        if found.differs() {
+            tracing::debug!(
+                position = found.position,
+                asked = ?found.asked,
+                cached = ?found.cached,
+                "a prompt parts from what is cached"
+            );
         }
     }
 
@@ -353,7 +359,8 @@ impl<'a> Loop<'a> {
         while let Ok(command) = self.inbox.try_recv() {
             self.take(command);
         }
-        for (_, sequence) in self.sequences.drain() {
+        for (id, sequence) in self.sequences.drain() {
+            self.scheduler.cancel(id);
             sequence.fail(error.clone());
         }
         self.report();
