@@ -160,13 +160,15 @@ fn a_proxy_gets_ready_heartbeats_and_answers() {
     let (status, text) = ask(port, "/v1/chat/completions", &chat(8));
     assert_eq!(status, 200, "{text}");
     assert!(text.contains("data: [DONE]"), "{text}");
+    // The first ones may have been sent before the request was worked on.
     let mut beats = Vec::new();
-    while beats.len() < 2 {
+    while beats.last().is_none_or(|beat: &api_types::control::Heartbeat| beat.steps < 8) {
+        assert!(beats.len() < 30, "{beats:?}");
         if let WorkerEvent::Heartbeat(beat) = worker.event().unwrap() {
             beats.push(beat);
         }
     }
-    assert!(beats[1].steps >= 8 && beats[1].active_bytes > 0, "{beats:?}");
+    assert!(beats.last().unwrap().active_bytes > 0, "{beats:?}");
     worker.command(ProxyCommand::Stop);
     assert_eq!(worker.ended_within(Duration::from_secs(10)).code(), Some(0));
 }
