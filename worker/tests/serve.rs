@@ -162,7 +162,10 @@ fn a_proxy_gets_ready_heartbeats_and_answers() {
     assert!(text.contains("data: [DONE]"), "{text}");
     // The first ones may have been sent before the request was worked on.
     let mut beats = Vec::new();
-    while beats.last().is_none_or(|beat: &api_types::control::Heartbeat| beat.steps < 8) {
+    while beats
+        .last()
+        .is_none_or(|beat: &api_types::control::Heartbeat| beat.steps < 8)
+    {
         assert!(beats.len() < 30, "{beats:?}");
         if let WorkerEvent::Heartbeat(beat) = worker.event().unwrap() {
             beats.push(beat);
