@@ -36,6 +36,10 @@
 //!     Admission::Never(too_large) => return Err(too_large.to_string().into()),
 //! };
 //!
+//! // Issue these copies too: they make the sequence one run, for which cached blocks move.
+//! let copies = cache.compact(id, 1000)?;
+//! assert!(copies.is_empty(), "the pool is empty");
+//!
 //! // Prefill in chunks; before each, skip what others have computed in the meantime.
 //! let mut done = cached;
 //! while done < prompt.len() {
@@ -53,6 +57,7 @@
 //!     // Queue it again, by `preempted.arrival`, with prompt + generated tokens as its prompt.
 //!     assert_ne!(preempted.id, id, "alone it always has room");
 //! }
+//! let copies = cache.stay_compact(id, 1000)?; // Before the copies of the extension.
 //! let extension = cache.extend(id, 1)?; // The position of a token that may still be on the device.
 //! assert_eq!(extension.slots().count(), 1);
 //! // ... issue step n+1, then read step n ...
