@@ -210,6 +210,10 @@ impl<S: Clone> KvCache<S> {
             self.evict_for(self.promised - usize::from(taken_over));
             let to = if taken_over {
                 Some(from)
+            } else if let Some(copy) = self.give_way(&sequence, id, from) {
+                copies.push(copy);
+                self.counters.copied_blocks += 1;
+                self.pool.take(from)
             } else {
                 // The source may be the very block that had to go; then the tokens are in place already.
                 self.pool.take(from).or_else(|| self.take_block(&sequence))

@@ -9,7 +9,10 @@
 use std::ops::Range;
 
 use crate::cache::KvCache;
+use crate::config::Reuse;
 use crate::placement::runs;
+use crate::pool::BlockPool;
+use crate::sequence::Sequence;
 use crate::tree::NodeId;
 use crate::types::{BlockId, CacheError, CopyBlock, SeqId};
 
@@ -17,10 +20,8 @@ use crate::types::{BlockId, CacheError, CopyBlock, SeqId};
 enum Place {
     Free,
     /// In the tree, and in no block table.
-    Cached(NodeId),
-    /// In the block table of the sequence in question.
-    Own,
-    /// In use, or kept free for a running sequence that ends before it.
+    Cached,
+    /// In use, also by the sequence in question; or kept free for another.
     Fixed,
 }
 
@@ -73,73 +74,75 @@ impl<S: Clone> KvCache<S> {
         }
         // As `extend` will: what it grows beyond its promise must not come out of what is promised to others.
         self.evict_for(self.promised + usize::from(sequence.credit == 0));
-        // Block after block, so without looking at the whole pool as long as only a cached block is in the way.
-        let cached = next
-            .filter(|&next| self.pool.refs(next) == 1 && most > 0)
-            .and_then(|next| Some((next, self.tree.at(next)?, self.out_of_the_way(id)?)));
-        match cached {
-            Some((next, node, to)) => {
-                self.counters.moved_blocks += 1;
-                Ok(Vec::from_iter(self.move_cached(node, next, to)))
-            }
-            None => self.make_run(id, 1, most),
-        }
+        self.make_run(id, 1, most)
     }
 
-    /// A free block that stands in nobody's way: in a small run, as far as can be from who goes on there.
-    fn out_of_the_way(&self, id: SeqId) -> Option<BlockId> {
-        let others = self.sequences.iter().filter(|&(other, _)| *other != id);
-        let growing: Vec<(u32, usize)> = others
-            .filter_map(|(_, other)| Some((self.chosen(other)?.0, other.credit)))
-            .collect();
-        let taken = |start: u32, len: u32| {
-            let inside = growing
-                .iter()
-                .filter(|(next, _)| (start..start + len).contains(next));
-            inside
-                .map(|&(next, credit)| (next - start) as usize + credit)
-                .max()
-                .unwrap_or(0)
-        };
-        self.pool
-            .smallest_runs()
-            .find(|&(start, len)| taken(start, len) < len as usize)
-            .map(|(start, len)| BlockId(start + len - 1))
+    /// A new sequence wants a part of a cached block. Where that block is the one behind its last, the copy is for the
+    /// cache, and the sequence goes on in the block itself, which is free now.
+    pub(crate) fn give_way(&mut self, new: &Sequence<S>, id: SeqId, block: BlockId) -> Option<CopyBlock> {
+        let node = self.cached_at(block.0 as usize)?;
+        let last = new.blocks.last().filter(|last| last.0 + 1 == block.0);
+        // With snapshots a copy is made of what is wanted and no more.
+        if last.is_none() || self.config.reuse == Reuse::Snapshots {
+            return None;
+        }
+        let to = Outside::new(&self.pool, &self.reserved(id), &(0..0)).take(1)?;
+        self.move_cached(node, block, BlockId(u32::try_from(to).ok()?))
     }
 
     /// With `ahead` free blocks behind it, or better all that are promised.
     fn make_run(&mut self, id: SeqId, ahead: usize, most: usize) -> Result<Vec<CopyBlock>, CacheError> {
         let sequence = self.sequence(id)?;
         let one_run = runs(&sequence.blocks).nth(1).is_none();
-        if let Some(last) = sequence.blocks.last()
-            && one_run
-            && (1..=ahead).all(|n| self.pool.is_free(BlockId(last.0.saturating_add(n as u32))))
-        {
-            return Ok(Vec::new());
-        }
-        let places = self.places(id);
-        let window = [sequence.credit.max(ahead), ahead]
-            .into_iter()
-            .filter_map(|ahead| self.best_window(&places, id, ahead))
-            .find(|window| window.cached + window.moved <= most);
-        let copies = window.map_or_else(Vec::new, |window| self.clear_and_move(id, window, &places));
-        // Where it cannot go on behind its last block, it starts anew.
-        let cleared = window
-            .filter(|window| window.cached > 0)
-            .map(|window| window.start as u32);
-        let sequence = self.sequence(id)?;
-        let start = match self.chosen(sequence) {
-            Some(_) => None,
-            None => cleared.map(BlockId).or_else(|| self.place(sequence, Some(id))),
+        let start = match sequence.blocks.last() {
+            Some(last) => {
+                let behind = |n: usize| BlockId(last.0.saturating_add(n as u32));
+                if one_run && (1..=ahead).all(|n| self.pool.is_free(behind(n))) {
+                    return Ok(Vec::new());
+                }
+                None
+            }
+            // The usual case of a new prompt: no need to look at the whole pool.
+            None => self.place(sequence, Some(id)).filter(|place| place.holds_promise),
         };
-        if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.start = start;
+        let mut copies = Vec::new();
+        let mut start = start.map(|place| place.block);
+        if start.is_none()
+            && let Some(window) = self.best_window(id, [sequence.credit.max(ahead), ahead], most)
+        {
+            copies = self.clear_and_move(id, window);
+            start = (window.cached > 0).then_some(BlockId(window.start as u32));
+        }
+        // Where it cannot go on behind its last block, it starts anew.
+        let sequence = self.sequence(id)?;
+        if self.chosen(sequence).is_none() {
+            let start = start.or_else(|| Some(self.place(sequence, Some(id))?.block));
+            if let Some(sequence) = self.sequences.get_mut(&id) {
+                sequence.start = start;
+            }
         }
         Ok(copies)
     }
 
+    /// The parts of free runs that are kept for others: where they go on, as far as is promised.
+    fn reserved(&self, id: SeqId) -> Vec<Range<usize>> {
+        let others = self.sequences.iter().filter(|&(&other, _)| other != id);
+        others
+            .filter_map(|(_, other)| {
+                let next = self.chosen(other)?.0 as usize;
+                Some(next..next + other.credit)
+            })
+            .collect()
+    }
+
+    /// The cached node that may be moved out of a block.
+    fn cached_at(&self, block: usize) -> Option<NodeId> {
+        let block = BlockId(u32::try_from(block).ok()?);
+        self.tree.at(block).filter(|_| self.pool.refs(block) == 1)
+    }
+
     /// What can be done with each block.
-    fn places(&self, id: SeqId) -> Vec<Place> {
+    fn places(&self, id: SeqId, reserved: &[Range<usize>]) -> Vec<Place> {
         let all = 0..self.pool.total() as u32;
         let mut places: Vec<Place> = all
             .map(|block| match self.pool.is_free(BlockId(block)) {
@@ -147,40 +150,38 @@ impl<S: Clone> KvCache<S> {
                 false => Place::Fixed,
             })
             .collect();
-        let mut set = |block: usize, place: Place| {
-            if let Some(at) = places.get_mut(block) {
-                *at = place;
-            }
-        };
-        for (node, block) in self.tree.blocks() {
-            if self.pool.refs(block) == 1 {
-                set(block.0 as usize, Place::Cached(node));
+        for (_, block) in self.tree.blocks() {
+            if self.pool.refs(block) == 1
+                && let Some(place) = places.get_mut(block.0 as usize)
+            {
+                *place = Place::Cached;
             }
         }
-        for (&other, sequence) in &self.sequences {
-            if other == id {
-                for block in &sequence.blocks {
-                    set(block.0 as usize, Place::Own);
-                }
-            } else if let Some(next) = self.chosen(sequence) {
-                let next = next.0 as usize;
-                let reserved = (next..next + sequence.credit)
-                    .take_while(|&block| self.pool.is_free(BlockId(block as u32)));
-                reserved.for_each(|block| set(block, Place::Fixed));
+        for range in reserved {
+            let end = range.end.min(places.len());
+            let kept = places.get_mut(range.start..end).into_iter().flatten();
+            kept.take_while(|place| **place == Place::Free)
+                .for_each(|place| *place = Place::Fixed);
+        }
+        for block in self.sequences.get(&id).into_iter().flat_map(|own| &own.blocks) {
+            if let Some(place) = places.get_mut(block.0 as usize) {
+                *place = Place::Fixed;
             }
         }
         places
     }
 
-    /// The place that costs the fewest copies.
-    fn best_window(&self, places: &[Place], id: SeqId, ahead: usize) -> Option<Window> {
+    /// Where to be one run, by at most `most` copies: with that many blocks behind, the first number if possible.
+    fn best_window(&self, id: SeqId, ahead: [usize; 2], most: usize) -> Option<Window> {
         let sequence = self.sequences.get(&id)?;
         let own = sequence.blocks.len();
-        let free = places.iter().filter(|place| **place == Place::Free).count();
+        let reserved = self.reserved(id);
+        let free = Outside::new(&self.pool, &reserved, &(0..0)).len();
         let fits = |window: &Window| {
             // Blocks outside to move the cached ones to; those that the sequence leaves come on top, one by one.
-            let outside = free - (window.len - window.cached);
-            window.cached == 0 || (outside > 0 && window.cached <= outside + window.moved)
+            let outside = free.saturating_sub(window.len - window.cached);
+            window.cached + window.moved <= most
+                && (window.cached == 0 || (outside > 0 && window.cached <= outside + window.moved))
         };
         // What is shared with others who run would have to move for them too.
         let alone = |(index, block): (usize, &BlockId)| {
@@ -188,41 +189,63 @@ impl<S: Clone> KvCache<S> {
         };
         let movable = |first: usize| sequence.blocks.iter().enumerate().skip(first).all(alone);
 
-        // Behind its first run,
-        let stay = runs(&sequence.blocks).next().filter(|&(_, len)| movable(len));
-        let stay = stay.and_then(|(first, len)| {
-            let (start, wanted) = (first.0 as usize + len, own - len + ahead);
-            let blocks = places.get(start..start.checked_add(wanted)?)?;
-            Some(Window {
-                start,
-                len: wanted,
-                cached: count_cached(blocks)?,
-                first: len,
-                moved: own - len,
-            })
-        });
-        // or all of it elsewhere,
-        let go = || cheapest(windows(places, own + ahead, own).filter(fits));
-        let go = movable(0).then(go).flatten();
-        let whole = stay.filter(fits).into_iter().chain(go);
-        // or else only what is to come.
-        let apart = || cheapest(windows(places, ahead, 0).filter(fits));
-        whole
-            .min_by_key(|window| window.cached + window.moved)
-            .or_else(apart)
+        let mut places = None;
+        for ahead in ahead {
+            // Behind its first run,
+            let stay = runs(&sequence.blocks).next().filter(|&(_, len)| movable(len));
+            let stay = stay.and_then(|(first, len)| {
+                let start = first.0 as usize + len;
+                let wanted = own - len + ahead;
+                Some(Window {
+                    start,
+                    len: wanted,
+                    cached: self.count_cached(start..start + wanted, &reserved)?,
+                    first: len,
+                    moved: own - len,
+                })
+            });
+            if let Some(stay) = stay.filter(fits) {
+                return Some(stay);
+            }
+            // or all of it elsewhere,
+            let places = places.get_or_insert_with(|| self.places(id, &reserved));
+            if movable(0)
+                && let Some(go) = cheapest(windows(places, own + ahead, own).filter(fits))
+            {
+                return Some(go);
+            }
+        }
+        // or else what is to come in one run of its own.
+        let places = places?;
+        cheapest(windows(&places, ahead[0], 0).filter(fits))
+    }
+
+    /// How many of the blocks are cached; `None` if one of them cannot be had.
+    fn count_cached(&self, blocks: Range<usize>, reserved: &[Range<usize>]) -> Option<usize> {
+        let mut cached = 0;
+        for block in blocks {
+            if self.cached_at(block).is_some() {
+                cached += 1;
+            } else if !self.pool.is_free(BlockId(block as u32))
+                || reserved.iter().any(|kept| kept.contains(&block))
+            {
+                return None;
+            }
+        }
+        Some(cached)
     }
 
     /// Moves what is cached out of the window and the sequence into it. In turns, if there are fewer free blocks outside
     /// than it takes: each block that the sequence leaves makes room for another.
-    fn clear_and_move(&mut self, id: SeqId, window: Window, places: &[Place]) -> Vec<CopyBlock> {
+    fn clear_and_move(&mut self, id: SeqId, window: Window) -> Vec<CopyBlock> {
         let mut copies = Vec::new();
         let range = window.start..window.start + window.len;
-        let mut outside = Outside::new(places, &range);
+        let mut outside = Outside::new(&self.pool, &self.reserved(id), &range);
         let (mut cleared, mut moved) = (0, 0);
         loop {
             while cleared < window.len {
                 let block = window.start + cleared;
-                if let Some(&Place::Cached(node)) = places.get(block) {
+                if let Some(node) = self.cached_at(block) {
                     let left = range.end - block;
                     let Some(to) = outside.take(left) else { break };
                     copies.extend(self.move_cached(node, BlockId(block as u32), BlockId(to as u32)));
@@ -291,25 +314,12 @@ pub fn copy_runs(copies: &[CopyBlock]) -> impl Iterator<Item = (BlockId, BlockId
     })
 }
 
-/// How many of the blocks are cached; `None` if one of them cannot be had.
-fn count_cached(blocks: &[Place]) -> Option<usize> {
-    let mut cached = 0;
-    for place in blocks {
-        match place {
-            Place::Free => {}
-            Place::Cached(_) => cached += 1,
-            Place::Own | Place::Fixed => return None,
-        }
-    }
-    Some(cached)
-}
-
 /// All stretches of `len` blocks that can be had, for a sequence that moves all of its `moved` blocks.
 fn windows(places: &[Place], len: usize, moved: usize) -> impl Iterator<Item = Window> + '_ {
     let (mut since_blocked, mut cached) = (0, 0);
-    let is_cached = |place: &Place| usize::from(matches!(place, Place::Cached(_)));
+    let is_cached = |place: &Place| usize::from(*place == Place::Cached);
     places.iter().enumerate().filter_map(move |(end, place)| {
-        if matches!(place, Place::Own | Place::Fixed) {
+        if *place == Place::Fixed {
             (since_blocked, cached) = (0, 0);
             return None;
         }
@@ -348,16 +358,30 @@ struct Outside {
 }
 
 impl Outside {
-    fn new(places: &[Place], window: &Range<usize>) -> Self {
-        let mut outside = Self {
-            stretches: Vec::new(),
-        };
-        let free = |&(block, place): &(usize, &Place)| *place == Place::Free && !window.contains(&block);
-        for (block, _) in places.iter().enumerate().filter(free) {
-            outside.give(block);
+    fn new(pool: &BlockPool, reserved: &[Range<usize>], window: &Range<usize>) -> Self {
+        let free = pool
+            .runs()
+            .map(|(start, len)| start as usize..(start + len) as usize);
+        let mut stretches: Vec<Range<usize>> = free.collect();
+        for cut in reserved
+            .iter()
+            .chain([window])
+            .filter(|cut| !Range::is_empty(cut))
+        {
+            let pieces = stretches.into_iter().flat_map(|stretch| {
+                let before = stretch.start..stretch.end.min(cut.start);
+                let after = stretch.start.max(cut.end)..stretch.end;
+                [before, after]
+            });
+            stretches = pieces.filter(|piece| !Range::is_empty(piece)).collect();
         }
-        outside.stretches.push(0..0);
-        outside
+        // None is being used up yet.
+        stretches.push(0..0);
+        Self { stretches }
+    }
+
+    fn len(&self) -> usize {
+        self.stretches.iter().map(Range::len).sum()
     }
 
     fn give(&mut self, block: usize) {

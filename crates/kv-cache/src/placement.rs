@@ -23,10 +23,19 @@ struct Want {
     most: usize,
 }
 
+/// Where a sequence may start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Start {
+    pub(crate) block: BlockId,
+    /// All that is promised to it fits there in one run.
+    pub(crate) holds_promise: bool,
+}
+
 impl<S: Clone> KvCache<S> {
     /// The next block for a sequence, which is not among `self.sequences` at this moment.
     pub(crate) fn next_block(&self, sequence: &Sequence<S>) -> Option<BlockId> {
-        self.chosen(sequence).or_else(|| self.place(sequence, None))
+        self.chosen(sequence)
+            .or_else(|| Some(self.place(sequence, None)?.block))
     }
 
     /// Where the next block of a sequence is settled to be, if that is still free: behind its last, or where it is to
@@ -49,7 +58,7 @@ impl<S: Clone> KvCache<S> {
     }
 
     /// Where to start. `itself`: the sequence's name, if it is among the others.
-    pub(crate) fn place(&self, sequence: &Sequence<S>, itself: Option<SeqId>) -> Option<BlockId> {
+    pub(crate) fn place(&self, sequence: &Sequence<S>, itself: Option<SeqId>) -> Option<Start> {
         let new = self.want(sequence);
         // Where the others are going on, and how far.
         let growing: BTreeMap<u32, Want> = self
@@ -73,7 +82,10 @@ impl<S: Clone> KvCache<S> {
                 (worth, BlockId(start + offset))
             })
             .max_by_key(|&(worth, block)| (worth, Reverse(block)))
-            .map(|(_, block)| block)
+            .map(|((rank, _), block)| Start {
+                block,
+                holds_promise: rank > 0,
+            })
     }
 }
 

@@ -49,9 +49,9 @@ impl BlockPool {
         self.by_length.iter().rev().map(|&(len, start)| (start, len))
     }
 
-    /// The same, the smallest first.
-    pub(crate) fn smallest_runs(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
-        self.by_length.iter().map(|&(len, start)| (start, len))
+    /// The free runs as (first block, length).
+    pub(crate) fn runs(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        self.runs.iter().map(|(&start, &len)| (start, len))
     }
 
     pub(crate) fn refs(&self, block: BlockId) -> u32 {

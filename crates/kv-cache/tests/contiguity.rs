@@ -253,3 +253,27 @@ fn what_a_running_sequence_uses_is_not_moved() {
     assert_eq!(count(&cache, 1), 1);
     cache.audit().unwrap();
 }
+
+/// Asked again, a prompt goes on in the very block where it ended the first time; what stood there is copied elsewhere.
+#[test]
+fn an_exact_repeat_is_one_run_for_the_price_of_a_few_blocks() {
+    for len in [6, 7, 8, 9, 50] {
+        let mut cache = cache(64, 8, true);
+        let prompt = own(0, len);
+        for id in 0..4 {
+            let cached = admit(&mut cache, id, &prompt, 8);
+            assert_eq!(cached, if id == 0 { 0 } else { len - 1 });
+            let moved = cache.compact(SeqId(id), 64).unwrap();
+            assert!(moved.len() <= 4, "more than the reply and a block: {moved:?}");
+            grow(&mut cache, id, &prompt[cached..]);
+            for token in 0..8 {
+                assert_eq!(cache.stay_compact(SeqId(id), 64), Ok(vec![]));
+                grow(&mut cache, id, &[token + id as Token]);
+            }
+            assert_eq!(count(&cache, id), 1, "{:?}", cache.table(SeqId(id)));
+            cache.free(SeqId(id)).unwrap();
+            cache.audit().unwrap();
+        }
+        assert!(cache.counters().copied_blocks <= 3);
+    }
+}
