@@ -293,6 +293,8 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
     for warning in warnings {
         tracing::warn!("{warning}");
     }
+    let activity = Activity::new(registry.globals.metrics_max_in_memory);
+    activity.configure(&registry.globals)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|e| format!("cannot start the runtime: {e}"))?;
     runtime.block_on(async {
@@ -306,7 +308,6 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
             }
         };
         let preload = registry.globals.preload.clone();
-        let rows = registry.globals.metrics_max_in_memory;
         let performance = Performance::new(performance::every(&registry.globals));
         let house = House::new(Arc::new(Catalog::new(registry)), logs);
         for name in preload {
@@ -320,7 +321,6 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |d| d.as_secs());
-        let activity = Activity::new(rows);
         let reloader = Reloader::new(
             paths.clone(),
             house.clone(),

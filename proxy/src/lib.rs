@@ -20,6 +20,7 @@
 //! | `activity`  | requests in flight, the last finished ones, counters per model                                 |
 //! | `ollama`    | Ollama's API in OpenAI's terms                                                                  |
 //! | `performance` | how busy the machine is, for an hour                                                         |
+//! | `clock`     | times of day as text                                                                          |
 //! | `usage`     | token counts from a reply on its way through                                                   |
 //! | `logs`      | bounded log rings and their live feed                                                          |
 //! | `outlet`    | standard output behind a bounded queue                                                         |
@@ -30,6 +31,7 @@
 pub mod activity;
 pub mod catalog;
 pub mod cli;
+pub mod clock;
 mod connection;
 pub mod house;
 pub mod http;

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use notify::event::{AccessKind, AccessMode};
 use notify::{Event, EventKind, RecursiveMode, Watcher};
-use registry::{Diagnostic, Options, Registry, RegistryDiff};
+use registry::{Code, Diagnostic, Options, Registry, RegistryDiff, Severity};
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::time::{Instant, timeout_at};
 
@@ -93,7 +93,11 @@ impl Reloader {
             keep_ports: old.registry.ports(),
             ..Options::default()
         };
-        let result = cli::load(&self.paths, &options);
+        let result = cli::load(&self.paths, &options).and_then(|(registry, warnings)| {
+            let taken = self.activity.configure(&registry.globals);
+            taken.map_err(|why| vec![self.not_kept(why)])?;
+            Ok((registry, warnings))
+        });
         let (registry, warnings) = match result {
             Ok(read) => read,
             Err(errors) => {
@@ -116,12 +120,25 @@ impl Reloader {
             added = ?diff.added, removed = ?diff.removed, restarted = ?diff.changed, retuned = ?diff.retuned,
             unchanged = diff.unchanged.len(), "registry taken up"
         );
-        self.activity.set_limit(registry.globals.metrics_max_in_memory);
         self.performance.set_every(performance::every(&registry.globals));
         let changed = diff.changed.iter().map(|id| id.as_str().into()).collect();
         let catalog = Catalog::following(registry, Some(&old));
         self.house.reload(Arc::new(catalog), changed);
         Ok(diff)
+    }
+
+    /// The finding that what is to be kept cannot be.
+    fn not_kept(&self, message: String) -> Diagnostic {
+        let file = self.paths.config.as_ref().or(self.paths.config_dir.as_ref());
+        Diagnostic {
+            severity: Severity::Error,
+            code: Code::Io,
+            file: file.map(|f| f.display().to_string()).unwrap_or_default().into(),
+            line: 0,
+            column: 0,
+            key: String::new(),
+            message,
+        }
     }
 
     /// Follows the files for ever.

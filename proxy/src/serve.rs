@@ -84,6 +84,7 @@ pub async fn serve(
     }
     // Replies that are on their way out get a moment.
     let _ = tokio::time::timeout(Duration::from_millis(500), accepting.join_all()).await;
+    app.activity.close().await;
     tracing::info!("shutdown complete");
     app.house.logs.flush(LAST_LINES).await;
     Ok(())

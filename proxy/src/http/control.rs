@@ -18,8 +18,9 @@ use super::error;
 use super::listing;
 use super::routes::Route;
 use super::{App, activity, events, metrics};
-use crate::activity::parse_rfc3339;
+
 use crate::catalog::Catalog;
+use crate::clock::parse_rfc3339;
 use crate::logs::Source;
 
 /// Pieces of a live feed that wait for a slow reader.
@@ -55,8 +56,15 @@ pub(super) async fn answer(
             Ok(json_reply(&json!({"peers": peers})))
         }
         Route::Metrics => Ok(metrics::answer(app)),
-        Route::Activity => activity::rows(app, request.uri().query()).map(|v| json_reply(&v)),
-        Route::Stats => Ok(json_reply(&activity::stats(app, request.uri().query()))),
+        Route::Activity => {
+            let rows = activity::rows(app, request.uri().query()).await;
+            rows.map(|v| json_reply(&v))
+        }
+        Route::Stats => {
+            let stats = activity::stats(app, request.uri().query()).await;
+            stats.map(|v| json_reply(&v))
+        }
+        Route::Capture(id) => activity::capture(app, &id).await.map(|v| json_reply(&v)),
         Route::Events => Ok(events::stream(app)),
         Route::Cancel(id) => match id.parse().is_ok_and(|id| app.activity.cancel(id)) {
             true => Ok(json_reply(&json!({"msg": "ok"}))),

@@ -362,6 +362,7 @@ async fn serve(
         client.ip().to_string(),
     );
     trace.tell_forwarded(parts.extensions.get().cloned());
+    trace.record(&parts.headers, &body);
     let mut request = Request::new(body);
     *request.method_mut() = parts.method;
     *request.headers_mut() = parts.headers;
@@ -485,6 +486,7 @@ pub(super) fn pass_back(
         && !parts.headers.contains_key(header::CONTENT_LENGTH)
         && !parts.headers.contains_key(header::CONTENT_ENCODING);
     trace.head(parts.status.as_u16(), kind);
+    trace.record_reply(&parts.headers);
     if stream {
         parts
             .headers

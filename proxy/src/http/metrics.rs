@@ -81,6 +81,12 @@ type Get = fn(&Counters) -> &Histogram;
 fn requests(app: &App, page: &mut Page) {
     let counters = app.activity.counters();
     page.family(
+        "swapd_store_lost_total",
+        "counter",
+        "Rows and captures that the activity database has not taken.",
+    );
+    page.sample("swapd_store_lost_total", &[], app.activity.lost_rows());
+    page.family(
         "swapd_requests_total",
         "counter",
         "Finished requests by status; 499: the client left.",

@@ -80,6 +80,7 @@ pub(super) async fn serve(
         client.ip().to_string(),
     );
     trace.tell_forwarded(ask.parts.extensions.get().cloned());
+    trace.record(&ask.parts.headers, &ask.body);
     let streams = matches!(ask.place, Some(Place::Json { stream: true }));
     let work = work(app.clone(), catalog.clone(), ask, trace);
     if !streams {

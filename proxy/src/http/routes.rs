@@ -40,6 +40,8 @@ pub enum Route {
     Activity,
     /// Totals and distributions of finished requests.
     Stats,
+    /// One captured request.
+    Capture(String),
     /// Live changes of everything.
     Events,
     /// End a running request.
@@ -174,6 +176,9 @@ pub fn find(method: &Method, path: &str) -> Result<Route, NoRoute> {
     }
     if let Some(id) = rest("/api/inflight/").and_then(|r| r.strip_suffix("/cancel")) {
         return post(Route::Cancel(decode(id)));
+    }
+    if let Some(id) = rest("/api/captures/") {
+        return get(Route::Capture(decode(id)));
     }
     if let Some(source) = rest("/logs/stream/") {
         return get(Route::LogStream(Some(decode(source))));

@@ -1,0 +1,187 @@
+//! One request from arrival to end.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Instant;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use lifecycle::ModelId;
+
+use super::captures::Recording;
+use super::{Activity, Change, Row, Running};
+use crate::clock::unix_ms;
+use crate::usage::Meter;
+
+/// When a request was first sent to its model's server. As an extension of a request it is filled in on the way.
+#[derive(Clone, Debug, Default)]
+pub struct ForwardedAt(pub Arc<OnceLock<Instant>>);
+
+/// One request from arrival to end; its end is its drop.
+#[derive(Debug)]
+pub struct Trace {
+    activity: Arc<Activity>,
+    /// As others see it.
+    pub running: Arc<Running>,
+    forwarded: Option<Instant>,
+    told: Option<ForwardedAt>,
+    first_byte: Option<Instant>,
+    status: Option<u16>,
+    content_type: String,
+    complete: bool,
+    error: Option<String>,
+    meter: Meter,
+    /// Who has served it, if not the model that it was begun for.
+    server: Option<ModelId>,
+    recording: Option<Box<Recording>>,
+}
+
+impl Trace {
+    pub(super) fn new(activity: Arc<Activity>, running: Arc<Running>) -> Self {
+        Self {
+            activity,
+            running,
+            forwarded: None,
+            told: None,
+            first_byte: None,
+            status: None,
+            content_type: String::new(),
+            complete: false,
+            error: None,
+            meter: Meter::default(),
+            server: None,
+            recording: None,
+        }
+    }
+
+    /// Keeps the request, as the client sent it, and the reply to come.
+    pub fn record(&mut self, headers: &HeaderMap, body: &Bytes) {
+        let room = self.activity.capture_room();
+        if room > 0 {
+            self.recording = Some(Box::new(Recording::new(headers, body, room)));
+        }
+    }
+
+    /// The headers of the reply to keep.
+    pub fn record_reply(&mut self, headers: &HeaderMap) {
+        if let Some(recording) = &mut self.recording {
+            recording.reply(headers);
+        }
+    }
+
+    /// It is another model that serves it: counted there, and shown in the row.
+    pub fn served_by(&mut self, model: ModelId) {
+        self.server = Some(model);
+    }
+
+    /// It is being sent to the model's server.
+    pub fn forwarded(&mut self) {
+        let now = Instant::now();
+        self.forwarded = Some(now);
+        if let Some(told) = &self.told {
+            let _ = told.0.set(now);
+        }
+    }
+
+    /// Somebody wants to know when it was first forwarded.
+    pub fn tell_forwarded(&mut self, told: Option<ForwardedAt>) {
+        self.told = told;
+    }
+
+    /// The reply's head is there.
+    pub fn head(&mut self, status: u16, content_type: &str) {
+        self.status = Some(status);
+        content_type.clone_into(&mut self.content_type);
+    }
+
+    /// A piece of the reply's body.
+    pub fn piece(&mut self, bytes: &[u8]) {
+        if self.first_byte.is_none() {
+            self.first_byte = Some(Instant::now());
+        }
+        self.meter.feed(bytes);
+        if let Some(recording) = &mut self.recording {
+            recording.piece(bytes);
+        }
+    }
+
+    /// Whether the reply's last bytes are the end mark of a stream (OpenAI's or Anthropic's).
+    #[must_use]
+    pub fn saw_end(&self) -> bool {
+        self.meter.saw_end()
+    }
+
+    /// The reply is complete.
+    pub fn complete(&mut self) {
+        self.complete = true;
+    }
+
+    /// It ends with this error and status.
+    pub fn failed(&mut self, status: u16, message: &str) {
+        self.status = Some(status);
+        self.complete = true;
+        self.error = Some(message.chars().take(500).collect());
+    }
+}
+
+impl Drop for Trace {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let running = &self.running;
+        let status = match (self.complete, self.status) {
+            (true, Some(status)) => status,
+            _ => 499,
+        };
+        if !self.complete {
+            let why = if running.is_cancelled() {
+                "cancelled"
+            } else {
+                "the client left"
+            };
+            self.error.get_or_insert_with(|| why.to_owned());
+        }
+        let usage = self.meter.usage();
+        let since = |at: Option<Instant>, from: Instant| at.map(|at| at.duration_since(from));
+        let mut inner = self.activity.inner.lock();
+        inner.running.shift_remove(&running.id);
+        inner.next_row += 1;
+        let row = Row {
+            id: inner.next_row,
+            unix_ms: unix_ms(),
+            model: self.server.take().unwrap_or_else(|| running.model.clone()),
+            path: running.path.clone(),
+            content_type: std::mem::take(&mut self.content_type),
+            status,
+            usage,
+            duration: now - running.begun,
+            generating: self.first_byte.map(|at| now - at),
+            reading: self.forwarded.and_then(|from| since(self.first_byte, from)),
+            error: self.error.take(),
+        };
+        let counters = inner.counters.entry(row.model.clone()).or_default();
+        *counters.requests.entry(status).or_default() += 1;
+        counters.prompt_tokens += usage.prompt.unwrap_or(0);
+        counters.completion_tokens += usage.completion.unwrap_or(0);
+        counters.cached_tokens += usage.cached.unwrap_or(0);
+        counters.duration.observe(row.duration);
+        if let Some(time) = since(self.first_byte, running.begun) {
+            counters.first_byte.observe(time);
+        }
+        if let Some(time) = since(self.forwarded, running.begun) {
+            counters.waiting.observe(time);
+        }
+        let id = row.id;
+        match &inner.store {
+            Some(store) => store.put(row),
+            None => inner.rows.push_back(row),
+        }
+        while inner.rows.len() > inner.limit {
+            inner.rows.pop_front();
+        }
+        drop(inner);
+        if let Some(recording) = self.recording.take() {
+            self.activity.keep_capture(id, running.path.clone(), *recording);
+        }
+        self.activity.tell(|| Change::Ended(self.running.id));
+        self.activity.tell(|| Change::Finished(id));
+    }
+}

@@ -1,0 +1,197 @@
+//! Captures and the activity database of the real program.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::disallowed_methods
+)]
+
+mod common;
+
+use std::process::Command;
+use std::time::Duration;
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use common::{Swapd, chat_body, eventually};
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+const SEC: Duration = Duration::from_secs(1);
+const ONE: &str = "models: {m: {worker: {model: DIR}}}";
+
+fn rows(swapd: &Swapd) -> Vec<Value> {
+    let page = swapd.get("/api/metrics/activity?order=asc&limit=999").json();
+    page["data"].as_array().unwrap().clone()
+}
+
+/// The capture of the last request, once it is there.
+fn last_capture(swapd: &Swapd) -> Value {
+    let id = eventually("captured", SEC, || {
+        let last = rows(swapd).pop()?;
+        (last["has_capture"] == true).then(|| last["id"].as_u64().unwrap())
+    });
+    swapd.get(&format!("/api/captures/{id}")).json()
+}
+
+fn text(capture: &Value, key: &str) -> String {
+    String::from_utf8(STANDARD.decode(capture[key].as_str().unwrap()).unwrap()).unwrap()
+}
+
+#[test]
+fn a_request_and_its_reply_are_captured() {
+    let swapd = Swapd::start(ONE);
+    let body = chat_body("m", r#""stream":true,"events":3"#);
+    let headers = "Authorization: Bearer hush\r\nCookie: hush=1\r\nX-Api-Key: hush\r\nX-A: b\r\n";
+    let answer = swapd
+        .open("POST", "/v1/chat/completions", headers, &body)
+        .finish();
+    let capture = last_capture(&swapd);
+    assert_eq!(capture["req_path"], "/v1/chat/completions");
+    assert_eq!(capture["req_headers"]["x-a"], "b");
+    assert_eq!(capture["resp_headers"]["content-type"], "text/event-stream");
+    assert_eq!(
+        (text(&capture, "req_body"), text(&capture, "resp_body")),
+        (body, answer.body)
+    );
+    assert!(!capture.to_string().contains("hush"), "{capture}");
+    // A large one is packed elsewhere and comes back whole.
+    let body = chat_body(
+        "m",
+        &format!(r#""bytes":200000,"x":"{}""#, "long ".repeat(20_000)),
+    );
+    let answer = swapd.post("/v1/chat/completions", &body);
+    let capture = last_capture(&swapd);
+    assert_eq!(
+        (text(&capture, "req_body"), text(&capture, "resp_body")),
+        (body, answer.body)
+    );
+    // What is no text, and what would fill the buffer alone, is left out.
+    let form = "--B\r\nContent-Disposition: form-data; name=\"model\"\r\n\r\nm\r\n--B--\r\n";
+    let kind = "Content-Type: multipart/form-data; boundary=B\r\n";
+    swapd
+        .open("POST", "/v1/audio/transcriptions", kind, form)
+        .finish();
+    let capture = last_capture(&swapd);
+    assert_eq!(
+        (
+            capture["req_body"].as_str(),
+            capture["req_body_left_out"].as_bool()
+        ),
+        (Some(""), Some(true))
+    );
+    swapd.chat("m", r#""bytes":3000000"#);
+    assert_eq!(last_capture(&swapd)["resp_body_left_out"], true);
+    assert_eq!(swapd.get("/api/captures/999").status, 404);
+    assert_eq!(swapd.get("/api/captures/x").status, 400);
+}
+
+#[test]
+fn no_buffer_no_captures_and_a_reload_changes_it() {
+    let off = format!("captureBuffer: 0\n{ONE}");
+    let swapd = Swapd::start(&off);
+    swapd.chat("m", "");
+    assert_eq!(rows(&swapd)[0]["has_capture"], false);
+    assert_eq!(swapd.get("/api/captures/1").status, 404);
+    swapd.rewrite(ONE);
+    assert_eq!(swapd.post("/api/reload", "").status, 200);
+    swapd.chat("m", "");
+    assert_eq!(last_capture(&swapd)["id"], 2);
+    swapd.rewrite(&off);
+    assert_eq!(swapd.post("/api/reload", "").status, 200);
+    assert_eq!(swapd.get("/api/captures/2").status, 404);
+}
+
+#[test]
+fn activity_survives_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("activity.db");
+    let config = format!(
+        "store: {{path: '{}'}}\nmetricsMaxInMemory: 2\n{ONE}",
+        file.display()
+    );
+    let mut first = Swapd::start(&config);
+    for _ in 0..5 {
+        first.chat("m", "");
+    }
+    assert_eq!(first.chat("nothing", "").status, 404);
+    assert_eq!(rows(&first).len(), 5, "the bound of memory is none here");
+    common::signal(first.child.id(), Signal::SIGTERM);
+    assert_eq!(first.exit_code(5 * SEC), Some(0));
+    let mut second = Swapd::start(&config);
+    second.chat("m", "");
+    let all = rows(&second);
+    let ids: Vec<u64> = all.iter().map(|r| r["id"].as_u64().unwrap()).collect();
+    assert_eq!(ids, [1, 2, 3, 4, 5, 6]);
+    assert_eq!(all[0]["tokens"]["input_tokens"], 7);
+    assert_eq!(
+        second.get("/api/metrics/stats?model=m").json()["total_input_tokens"],
+        42
+    );
+    assert_eq!(
+        second.get("/api/metrics/activity?limit=2&page=2").json()["total_pages"],
+        3
+    );
+    assert_eq!(
+        text(&second.get("/api/captures/1").json(), "req_body"),
+        chat_body("m", "")
+    );
+    assert!(second.get("/metrics").body.contains("swapd_store_lost_total 0"));
+    // Killed, it loses what was not asked for since, at most.
+    let _ = second.child.kill();
+    let _ = second.child.wait();
+    assert_eq!(rows(&Swapd::start(&config)).len(), 6);
+}
+
+#[test]
+fn a_reload_opens_another_file() {
+    let swapd = Swapd::start(ONE);
+    swapd.chat("m", "");
+    let with = |path: &str| {
+        swapd.rewrite(&format!("store: {{path: '{path}'}}\n{ONE}"));
+        swapd.post("/api/reload", "")
+    };
+    let refused = with("DIR/none/a.db");
+    let (message, _) = refused.error();
+    assert!(
+        refused.status == 400 && message.contains("none/a.db: cannot be written"),
+        "{message}"
+    );
+    assert_eq!(rows(&swapd).len(), 1, "everything is as it was");
+    assert_eq!(with("DIR/a.db").status, 200);
+    swapd.chat("m", "");
+    assert_eq!(rows(&swapd).len(), 1, "another store, other rows");
+    assert_eq!(with("DIR/b.db").status, 200);
+    swapd.chat("m", "");
+    swapd.chat("m", "");
+    assert_eq!(rows(&swapd).len(), 2);
+    assert_eq!(with("DIR/a.db").status, 200);
+    assert_eq!(rows(&swapd).len(), 1);
+    // Through all of it the model has kept its process.
+    let pid = swapd.running()[0]["pid"].clone();
+    assert_eq!(swapd.chat("m", "").json()["pid"], pid);
+}
+
+#[test]
+fn a_store_that_cannot_be_opened_ends_the_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("c.yaml");
+    let path = dir.path().to_str().unwrap();
+    for (store, expected) in [
+        ("''", "must not be empty"),
+        (path, "is a directory"),
+        ("none/a.db", "cannot be written"),
+    ] {
+        std::fs::write(&config, format!("store: {{path: {store}}}\nmodels: {{}}")).unwrap();
+        let out = Command::new(env!("CARGO_BIN_EXE_swapd"))
+            .args(["--config", config.to_str().unwrap(), "--listen", "127.0.0.1:0"])
+            .output()
+            .unwrap();
+        let message = String::from_utf8(out.stderr).unwrap();
+        assert!(
+            out.status.code() == Some(1) && message.contains(expected),
+            "{message}"
+        );
+    }
+}
