@@ -10,7 +10,6 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
 use registry::{Code, Diagnostic, Globals, LogLevel, LogTo, Options, Registry, Severity};
-use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConnection, StreamOwned};
 use tracing_subscriber::filter::LevelFilter;
@@ -24,7 +23,7 @@ use crate::peers;
 use crate::performance::{self, Performance};
 use crate::process::supervise;
 use crate::reload::Reloader;
-use crate::tls;
+use crate::tls::{self, Shown};
 
 /// Where it listens unless told otherwise.
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:11434";
@@ -286,7 +285,8 @@ fn check(paths: &Paths, lenient: bool) -> ExitCode {
 fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
     // Everything is parsed before a port is bound.
     let address = parse_listen(&options.listen)?;
-    let acceptor = acceptor(options)?;
+    let certificate = certificate(options)?;
+    let acceptor = certificate.clone().map(Shown::acceptor).transpose()?;
     let (registry, warnings) = load(paths, &Options::default()).map_err(|errors| lines(&errors))?;
     let logs = Logs::default();
     start_log(&registry.globals, &logs);
@@ -326,6 +326,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
             house.clone(),
             activity.clone(),
             performance.clone(),
+            certificate,
         );
         if options.watch {
             tokio::spawn(reloader.clone().watch());
@@ -371,10 +372,10 @@ fn show(paths: &Paths) -> ExitCode {
 }
 
 /// TLS as ordered; both files or none.
-fn acceptor(options: &ServeOptions) -> Result<Option<TlsAcceptor>, String> {
+fn certificate(options: &ServeOptions) -> Result<Option<Arc<Shown>>, String> {
     match (&options.tls_cert, &options.tls_key) {
         (None, None) => Ok(None),
-        (Some(certificate), Some(key)) => tls::acceptor(certificate, key).map(Some),
+        (Some(certificate), Some(key)) => Shown::read(certificate, key).map(Some),
         (Some(_), None) => Err("--tls-cert-file needs --tls-key-file: TLS takes both".to_owned()),
         (None, Some(_)) => Err("--tls-key-file needs --tls-cert-file: TLS takes both".to_owned()),
     }

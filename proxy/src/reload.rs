@@ -22,6 +22,7 @@ use crate::catalog::Catalog;
 use crate::cli::{self, Paths};
 use crate::house::House;
 use crate::performance::{self, Performance};
+use crate::tls::Shown;
 
 /// Time without a further event after which the files are read.
 const SETTLE: Duration = Duration::from_millis(100);
@@ -46,6 +47,7 @@ pub struct Reloader {
     house: Arc<House>,
     activity: Arc<Activity>,
     performance: Arc<Performance>,
+    certificate: Option<Arc<Shown>>,
     outcome: watch::Sender<Outcome>,
     /// Held during a reload: one at a time, in order.
     turn: Mutex<()>,
@@ -59,12 +61,14 @@ impl Reloader {
         house: Arc<House>,
         activity: Arc<Activity>,
         performance: Arc<Performance>,
+        certificate: Option<Arc<Shown>>,
     ) -> Arc<Self> {
         Arc::new(Self {
             paths,
             house,
             activity,
             performance,
+            certificate,
             outcome: watch::Sender::new(Outcome::default()),
             turn: Mutex::new(()),
         })
@@ -82,12 +86,15 @@ impl Reloader {
         self.outcome.subscribe()
     }
 
-    /// Reads the files and puts what they say in force. A bad file leaves everything as it is.
+    /// Reads the files and puts what they say in force; a renewed certificate too. A bad file leaves everything as it is.
     ///
     /// # Errors
     /// Everything that is wrong with the files.
     pub async fn reload(&self) -> Result<RegistryDiff, Vec<Diagnostic>> {
         let _turn = self.turn.lock().await;
+        if let Some(Err(why)) = self.certificate.as_ref().map(|c| c.read_again()) {
+            tracing::error!("certificate not taken up: {why}");
+        }
         let old = self.house.catalog();
         let options = Options {
             keep_ports: old.registry.ports(),

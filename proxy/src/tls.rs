@@ -2,9 +2,10 @@
 //!
 //! Nothing of it is set up before it is needed: a proxy without a certificate and without https peers pays nothing.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::OnceCell;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -13,6 +14,8 @@ use tokio_rustls::rustls::crypto::{
 };
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use tokio_rustls::rustls::server::{ClientHello, ResolvesServerCert};
+use tokio_rustls::rustls::sign::CertifiedKey;
 use tokio_rustls::rustls::{
     CertificateError, ClientConfig, DigitallySignedStruct, Error, RootCertStore, ServerConfig,
     SignatureScheme,
@@ -38,26 +41,74 @@ fn chain(file: &Path) -> Result<Vec<CertificateDer<'static>>, String> {
     Ok(chain)
 }
 
-/// Reads certificate chain and key, both PEM, for HTTP/2 and HTTP/1.1.
-///
-/// # Errors
-/// A sentence that names the file.
-pub fn acceptor(certificate: &Path, key: &Path) -> Result<TlsAcceptor, String> {
+/// The certificate that is shown to clients. Read again on demand, so that a renewed one needs no restart.
+#[derive(Debug)]
+pub struct Shown {
+    certificate: PathBuf,
+    key: PathBuf,
+    provider: Arc<CryptoProvider>,
+    current: Mutex<Arc<CertifiedKey>>,
+}
+
+impl Shown {
+    /// Reads certificate chain and key, both PEM.
+    ///
+    /// # Errors
+    /// A sentence that names the file.
+    pub fn read(certificate: &Path, key: &Path) -> Result<Arc<Self>, String> {
+        let provider = provider();
+        let current = Mutex::new(certified(certificate, key, &provider)?);
+        Ok(Arc::new(Self {
+            certificate: certificate.to_owned(),
+            key: key.to_owned(),
+            provider,
+            current,
+        }))
+    }
+
+    /// Reads the files again; what is wrong with them leaves the present certificate in force.
+    ///
+    /// # Errors
+    /// A sentence that names the file.
+    pub fn read_again(&self) -> Result<(), String> {
+        let new = certified(&self.certificate, &self.key, &self.provider)?;
+        let mut current = self.current.lock();
+        if current.cert != new.cert {
+            tracing::info!("certificate taken up");
+        }
+        *current = new;
+        Ok(())
+    }
+
+    /// For HTTP/2 and HTTP/1.1.
+    ///
+    /// # Errors
+    /// The versions of TLS and the cryptography do not fit together.
+    pub fn acceptor(self: Arc<Self>) -> Result<TlsAcceptor, String> {
+        let config = ServerConfig::builder_with_provider(self.provider.clone())
+            .with_safe_default_protocol_versions()
+            .map_err(|e| e.to_string())?;
+        let mut config = config.with_no_client_auth().with_cert_resolver(self);
+        config.alpn_protocols = vec![H2.to_vec(), HTTP1.to_vec()];
+        Ok(TlsAcceptor::from(Arc::new(config)))
+    }
+}
+
+impl ResolvesServerCert for Shown {
+    fn resolve(&self, _hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.current.lock().clone())
+    }
+}
+
+fn certified(certificate: &Path, key: &Path, provider: &CryptoProvider) -> Result<Arc<CertifiedKey>, String> {
     let chain = chain(certificate).map_err(|e| format!("--tls-cert-file {e}"))?;
     let secret = PrivateKeyDer::from_pem_file(key)
         .map_err(|e| format!("--tls-key-file {}: no private key: {e}", key.display()))?;
-    let config = ServerConfig::builder_with_provider(provider())
-        .with_safe_default_protocol_versions()
-        .and_then(|b| b.with_no_client_auth().with_single_cert(chain, secret));
-    let mut config = config.map_err(|e| {
-        format!(
-            "--tls-cert-file {} with --tls-key-file {}: {e}",
-            certificate.display(),
-            key.display()
-        )
+    let certified = CertifiedKey::from_der(chain, secret, provider).map_err(|e| {
+        let (certificate, key) = (certificate.display(), key.display());
+        format!("--tls-cert-file {certificate} with --tls-key-file {key}: {e}")
     })?;
-    config.alpn_protocols = vec![H2.to_vec(), HTTP1.to_vec()];
-    Ok(TlsAcceptor::from(Arc::new(config)))
+    Ok(Arc::new(certified))
 }
 
 /// How peers are spoken to: the certificates that the system trusts, HTTP/1.1. Read with the first use, off the thread

@@ -136,6 +136,44 @@ fn http1_over_tls() {
     assert_eq!(refused.status.code(), Some(1), "another server's certificate");
 }
 
+/// A renewed certificate is taken up with a reload; a broken one is not.
+#[test]
+fn a_renewed_certificate_needs_no_restart() {
+    let (files, renewed) = (Files::new(), Files::new());
+    let swapd = Swapd::start_with(ONE, &files.args());
+    let shown = |by: &Files| {
+        let mut stream = encrypted(&swapd, by);
+        stream
+            .write_all(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            .is_ok()
+    };
+    assert!(shown(&files) && !shown(&renewed));
+    std::fs::write(&files.key, "broken").unwrap();
+    common::signal(swapd.child.id(), nix::sys::signal::Signal::SIGHUP);
+    common::eventually("told", Duration::from_secs(3), || {
+        let mut stream = encrypted(&swapd, &files);
+        stream
+            .write_all(b"GET /logs HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            .unwrap();
+        let mut logs = String::new();
+        stream.read_to_string(&mut logs).unwrap();
+        logs.contains("certificate not taken up").then_some(())
+    });
+    let old = Files {
+        _dir: tempfile::tempdir().unwrap(),
+        cert: files.cert.with_file_name("old.pem"),
+        key: files.key.clone(),
+    };
+    std::fs::copy(&files.cert, &old.cert).unwrap();
+    std::fs::copy(&renewed.cert, &files.cert).unwrap();
+    std::fs::copy(&renewed.key, &files.key).unwrap();
+    common::signal(swapd.child.id(), nix::sys::signal::Signal::SIGHUP);
+    common::eventually("taken up", Duration::from_secs(3), || {
+        shown(&renewed).then_some(())
+    });
+    assert!(!shown(&old));
+}
+
 fn reload(swapd: &Swapd, args: &[&str]) -> Output {
     let program = env!("CARGO_BIN_EXE_swapd");
     let mut command = Command::new(program);

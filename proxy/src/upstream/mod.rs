@@ -5,11 +5,12 @@
 //!
 //! A peer's server is reached in the same way, through TLS if its address says so.
 //!
-//! Layout: `address` base addresses; `codec` heads and chunks of HTTP/1.1; `conn` one connection and the reply that comes over it.
+//! Layout: `address` base addresses; `tunnel` the way through an HTTP proxy; `codec` heads and chunks of HTTP/1.1; `conn` one connection and the reply that comes over it.
 
 mod address;
 mod codec;
 mod conn;
+mod tunnel;
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -27,6 +28,7 @@ use tokio_rustls::rustls::pki_types::ServerName;
 pub use self::address::Address;
 pub use self::conn::{Closer, Incoming, Link};
 use self::conn::{Conn, Outgoing};
+use self::tunnel::Tunnel;
 use crate::tls;
 
 /// Most unused connections kept.
@@ -82,6 +84,7 @@ struct Far {
     tls: bool,
     handshake: Option<Duration>,
     keepalive: Option<Duration>,
+    tunnel: Option<Tunnel>,
 }
 
 #[derive(Debug)]
@@ -121,6 +124,7 @@ impl Pool {
                 tls: *tls,
                 handshake: timeouts.tls_handshake,
                 keepalive: timeouts.keepalive,
+                tunnel: Tunnel::from_env(address),
             }),
             idle: Mutex::default(),
         })
@@ -153,6 +157,15 @@ impl Pool {
     #[must_use]
     pub fn address(&self) -> String {
         format!("http://{}", self.authority)
+    }
+
+    /// Host and port, the port of the scheme too.
+    fn in_full(&self) -> String {
+        if self.host.contains(':') {
+            format!("[{}]:{}", self.host, self.port)
+        } else {
+            format!("{}:{}", self.host, self.port)
+        }
     }
 
     async fn send_unlimited(
@@ -211,7 +224,15 @@ impl Pool {
     }
 
     async fn connect(&self) -> Result<Conn, Error> {
-        let connecting = TcpStream::connect((self.host.as_str(), self.port));
+        let tunnel = self.far.as_ref().and_then(|far| far.tunnel.as_ref());
+        let (host, port) = tunnel.map_or((&self.host, self.port), |t| (&t.host, t.port));
+        let connecting = async {
+            let mut stream = TcpStream::connect((host.as_str(), port)).await?;
+            if let Some(tunnel) = tunnel {
+                tunnel.open(&mut stream, &self.in_full()).await?;
+            }
+            Ok(stream)
+        };
         let stream = within(self.limits.connect, connecting)
             .await
             .map_err(Error::Connect)?;

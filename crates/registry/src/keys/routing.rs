@@ -219,7 +219,7 @@ static ON_STARTUP: Object = Object {
 pub(super) static PEER: Object = Object {
     name: "peers.<name>",
     keys: &[
-        key("proxy", Ty::Str, "", "Base address.").required(),
+        key("proxy", Ty::Str, "", "Base address. With `https://` its certificate must be one that the system trusts, and `HTTPS_PROXY` and `NO_PROXY` count.").required(),
         key(
             "models",
             STRINGS,
