@@ -74,6 +74,8 @@ fn step(scheduler: &mut Scheduler) -> Plan {
 fn a_prompt_comes_in_chunks_and_the_last_one_draws() {
     let mut scheduler = scheduler(config());
     submit(&mut scheduler, 0, own(0, 600), 3);
+    // Of no draw.
+    scheduler.token(SeqId(0), 9);
     let plans: Vec<Plan> = (0..6).map(|_| step(&mut scheduler)).collect();
     let all: Vec<_> = plans.iter().flat_map(parts).collect();
     assert_eq!(all, [(0, 0, 256), (0, 256, 256), (0, 512, 88)]);
@@ -427,4 +429,38 @@ fn a_failure_takes_along_those_who_relied_on_it_and_nobody_else() {
             "after {fails} failed"
         );
     }
+}
+
+/// In a pool full of cached prefixes of all sizes, and with all of them admitted in one step.
+#[test]
+fn sequences_are_one_run_each_also_in_a_full_pool() {
+    let mut config = config();
+    config.cache.total_blocks = 256;
+    config.cache.generation_share = 32;
+    let mut scheduler = scheduler(config);
+    let run = |scheduler: &mut Scheduler, ids: std::ops::Range<u64>, prompt: usize, new: usize| {
+        for id in ids.clone() {
+            submit(scheduler, id, own(id, prompt + 7 * id as usize % 90), new);
+        }
+        let mut drawn = vec![0; (ids.end - ids.start) as usize];
+        let mut in_one_run = 0;
+        while !scheduler.is_idle() {
+            let plan = step(scheduler);
+            let last = plan.prefill.iter().filter(|part| part.last).map(|part| part.id);
+            for id in last.chain(plan.decode.iter().map(|decode| decode.id)) {
+                let count = &mut drawn[(id.0 - ids.start) as usize];
+                *count += 1;
+                if *count == new {
+                    in_one_run += usize::from(kv_cache::runs(scheduler.table(id)).count() == 1);
+                    scheduler.finish(id);
+                }
+            }
+        }
+        in_one_run
+    };
+    run(&mut scheduler, 0..60, 50, 3);
+    assert!(scheduler.counters().evicted_blocks > 0, "the pool is full");
+    // Each grows by 10 blocks more than it was promised.
+    assert_eq!(run(&mut scheduler, 60..64, 300, 200), 4);
+    assert!(scheduler.counters().moved_blocks > 0);
 }
