@@ -9,15 +9,15 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use parking_lot::Mutex;
-use registry::{Code, Diagnostic, Globals, LogLevel, LogTo, Options, Registry, Severity};
+use registry::{Code, Diagnostic, Options, Registry, Severity};
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConnection, StreamOwned};
-use tracing_subscriber::filter::LevelFilter;
 
 use crate::activity::Activity;
 use crate::catalog::Catalog;
 use crate::house::House;
 use crate::http::App;
+use crate::logline;
 use crate::logs::Logs;
 use crate::peers;
 use crate::performance::{self, Performance};
@@ -289,7 +289,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
     let acceptor = certificate.clone().map(Shown::acceptor).transpose()?;
     let (registry, warnings) = load(paths, &Options::default()).map_err(|errors| lines(&errors))?;
     let logs = Logs::default();
-    start_log(&registry.globals, &logs);
+    let level = logline::start(&registry.globals, &logs);
     for warning in warnings {
         tracing::warn!("{warning}");
     }
@@ -327,6 +327,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
             activity.clone(),
             performance.clone(),
             certificate,
+            level,
         );
         if options.watch {
             tokio::spawn(reloader.clone().watch());
@@ -428,28 +429,6 @@ fn ask(mut stream: impl Read + Write, request: &str) -> Result<String, String> {
         .and_then(|()| stream.read_to_string(&mut answer))
         .map_err(|e| e.to_string())?;
     Ok(answer)
-}
-
-fn start_log(globals: &Globals, logs: &Logs) {
-    let level = match globals.log_level {
-        LogLevel::Debug => LevelFilter::DEBUG,
-        LogLevel::Info => LevelFilter::INFO,
-        LogLevel::Warn => LevelFilter::WARN,
-        LogLevel::Error => LevelFilter::ERROR,
-    };
-    let stdout = matches!(globals.log_to_stdout, LogTo::Proxy | LogTo::Both);
-    logs.echo_models(matches!(globals.log_to_stdout, LogTo::Upstream | LogTo::Both));
-    let writer = logs.writer(stdout);
-    let subscriber = tracing_subscriber::fmt()
-        .with_max_level(level)
-        .with_ansi(false)
-        .with_target(false);
-    let subscriber = subscriber.with_writer(move || writer.clone());
-    // Without a subscriber of its own a test may have set one already; then this one is not needed.
-    let _ = match globals.log_time_format {
-        None => tracing::subscriber::set_global_default(subscriber.without_time().finish()),
-        Some(_) => tracing::subscriber::set_global_default(subscriber.finish()),
-    };
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 
-use crate::http::body::Body;
+use crate::http::access::Counted;
 use crate::http::{App, handle, handle_ollama};
 use crate::tls;
 
@@ -49,7 +49,7 @@ pub(crate) struct Caller {
 }
 
 impl Caller {
-    async fn answer(self, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    async fn answer(self, request: Request<Incoming>) -> Result<Response<Counted>, Infallible> {
         match self.front {
             Front::All => handle(self.app, self.client, request).await,
             Front::Ollama => handle_ollama(self.app, self.client, request).await,

@@ -22,6 +22,7 @@
 //! | `performance` | how busy the machine is, for an hour                                                         |
 //! | `clock`     | times of day as text                                                                          |
 //! | `usage`     | token counts from a reply on its way through                                                   |
+//! | `logline`   | the form of the proxy's own log lines                                                          |
 //! | `logs`      | bounded log rings and their live feed                                                          |
 //! | `outlet`    | standard output behind a bounded queue                                                         |
 //!
@@ -36,6 +37,7 @@ mod connection;
 pub mod house;
 pub mod http;
 pub mod jsonscan;
+pub mod logline;
 pub mod logs;
 pub mod ollama;
 mod outlet;

@@ -21,6 +21,7 @@ use crate::activity::Activity;
 use crate::catalog::Catalog;
 use crate::cli::{self, Paths};
 use crate::house::House;
+use crate::logline::Level;
 use crate::performance::{self, Performance};
 use crate::tls::Shown;
 
@@ -48,6 +49,7 @@ pub struct Reloader {
     activity: Arc<Activity>,
     performance: Arc<Performance>,
     certificate: Option<Arc<Shown>>,
+    level: Level,
     outcome: watch::Sender<Outcome>,
     /// Held during a reload: one at a time, in order.
     turn: Mutex<()>,
@@ -62,6 +64,7 @@ impl Reloader {
         activity: Arc<Activity>,
         performance: Arc<Performance>,
         certificate: Option<Arc<Shown>>,
+        level: Level,
     ) -> Arc<Self> {
         Arc::new(Self {
             paths,
@@ -69,6 +72,7 @@ impl Reloader {
             activity,
             performance,
             certificate,
+            level,
             outcome: watch::Sender::new(Outcome::default()),
             turn: Mutex::new(()),
         })
@@ -127,6 +131,8 @@ impl Reloader {
             added = ?diff.added, removed = ?diff.removed, restarted = ?diff.changed, retuned = ?diff.retuned,
             unchanged = diff.unchanged.len(), "registry taken up"
         );
+        // After what was said of this reload: at its old level.
+        self.level.set(registry.globals.log_level);
         self.performance.set_every(performance::every(&registry.globals));
         let changed = diff.changed.iter().map(|id| id.as_str().into()).collect();
         let catalog = Catalog::following(registry, Some(&old));

@@ -10,8 +10,9 @@
 mod common;
 
 use std::process::Command;
+use std::time::Duration;
 
-use common::Swapd;
+use common::{Swapd, eventually};
 
 const ONE: &str = "models: {org/m: {worker: {model: DIR}, aliases: [short]}}";
 
@@ -494,5 +495,86 @@ models:
         let error: serde_json::Value = serde_json::from_str(last).unwrap();
         assert_eq!(error["error"]["code"], "model_start_failed");
         assert!(error["error"]["message"].as_str().unwrap().contains("no tensor"));
+    });
+}
+
+#[test]
+fn every_request_is_a_line_of_the_log() {
+    let swapd = Swapd::start(ONE);
+    let headers = "User-Agent: tester/1 (\"x\")\r\nContent-Type: application/json\r\n";
+    let body = r#"{"model":"short","messages":[]}"#;
+    let answer = swapd
+        .open("POST", "/v1/chat/completions?key=secret", headers, body)
+        .finish();
+    for quiet in [
+        "/metrics",
+        "/api/performance?after=2026-01-01T00:00:00Z",
+        "/wol-health",
+    ] {
+        assert_eq!(swapd.get(quiet).status, 200, "{quiet}");
+    }
+    assert_eq!(swapd.get("/nothing").status, 404);
+    let lines = eventually("two lines", Duration::from_secs(5), || {
+        let log = swapd.get("/logs").body;
+        let lines: Vec<String> = log
+            .lines()
+            .filter(|l| l.contains("Request "))
+            .map(str::to_owned)
+            .collect();
+        (lines.len() >= 2).then_some(lines)
+    });
+    let begin = format!(
+        "[INFO] Request 127.0.0.1 \"POST /v1/chat/completions HTTP/1.1\" 200 {} \"tester/1 (\"x\")\" ",
+        answer.body.len()
+    );
+    let time = lines[0]
+        .strip_prefix(&begin)
+        .unwrap_or_else(|| panic!("{lines:?}"));
+    assert!(time.ends_with("ms") || time.ends_with("µs"), "{time}");
+    assert!(lines[1].contains("\"GET /nothing HTTP/1.1\" 404 "), "{lines:?}");
+    let noisy = |line: &String| {
+        ["/metrics", "/api/performance", "/wol-health", "secret"]
+            .iter()
+            .any(|q| line.contains(q))
+    };
+    assert!(!lines.iter().any(noisy), "{lines:?}");
+}
+
+#[test]
+fn a_reload_takes_up_the_logs_level() {
+    let config = |level: &str| format!("logLevel: {level}\nlogTimeFormat: rfc3339\nmodels: {{}}");
+    let swapd = Swapd::start_with(&config("info"), &["--watch-config"]);
+    swapd.get("/nothing");
+    let requests = || {
+        let log = swapd.get("/logs").body;
+        log.lines()
+            .filter(|l| l.contains("/nothing HTTP"))
+            .map(str::to_owned)
+            .collect::<Vec<_>>()
+    };
+    let lines = eventually("a line", Duration::from_secs(5), || {
+        Some(requests()).filter(|l| !l.is_empty())
+    });
+    let line = &lines[0];
+    let time = line.split(' ').next().unwrap();
+    assert!(
+        time.len() == 25 && time.as_bytes()[10] == b'T' && line[26..].starts_with("[INFO] "),
+        "{line}"
+    );
+    swapd.rewrite(&config("warn"));
+    eventually("the reload", Duration::from_secs(5), || {
+        swapd
+            .get("/logs")
+            .body
+            .contains("registry taken up")
+            .then_some(())
+    });
+    let before = requests().len();
+    swapd.get("/nothing");
+    assert_eq!(requests().len(), before, "nothing below a warning");
+    swapd.rewrite(&config("info"));
+    eventually("lines again", Duration::from_secs(5), || {
+        swapd.get("/nothing");
+        (requests().len() > before).then_some(())
     });
 }

@@ -1,5 +1,6 @@
 //! Routes: from a request to a reply.
 
+pub mod access;
 pub mod activity;
 pub mod auth;
 pub mod body;
@@ -26,6 +27,7 @@ use http::{Method, Request, Response};
 use hyper::body::Incoming;
 use parking_lot::Mutex;
 
+use self::access::Counted;
 use self::auth::Access;
 use self::body::Body;
 use self::routes::Route;
@@ -65,18 +67,20 @@ pub async fn handle_ollama(
     app: Arc<App>,
     client: SocketAddr,
     request: Request<Incoming>,
-) -> Result<Response<Body>, Infallible> {
+) -> Result<Response<Counted>, Infallible> {
+    let begun = access::begin(client.ip(), &request);
     let path = request.uri().path();
-    if !routes::is_ollamas(path) {
-        let error = ApiError::not_found(format!("no route for {} {path}", request.method()));
-        return Ok(ollama::error_reply(&error));
-    }
     let read = matches!(*request.method(), Method::GET | Method::HEAD);
-    match path {
-        "/" if read => Ok(control::text("Ollama is running")),
-        "/api/version" if read => Ok(ollama::version()),
-        _ => handle(app, client, request).await,
-    }
+    let response = match path {
+        "/" if read => control::text("Ollama is running"),
+        "/api/version" if read => ollama::version(),
+        _ if routes::is_ollamas(path) => respond(&app, client, request).await,
+        _ => {
+            let error = ApiError::not_found(format!("no route for {} {path}", request.method()));
+            ollama::error_reply(&error)
+        }
+    };
+    Ok(access::count(response, begun))
 }
 
 /// Answers one request. Errors are replies too.
@@ -87,10 +91,15 @@ pub async fn handle(
     app: Arc<App>,
     client: SocketAddr,
     request: Request<Incoming>,
-) -> Result<Response<Body>, Infallible> {
+) -> Result<Response<Counted>, Infallible> {
+    let begun = access::begin(client.ip(), &request);
+    Ok(access::count(respond(&app, client, request).await, begun))
+}
+
+async fn respond(app: &Arc<App>, client: SocketAddr, request: Request<Incoming>) -> Response<Body> {
     let head = request.method() == Method::HEAD;
     let ollama = routes::speaks_ollama(request.uri().path());
-    let mut response = match dispatch(&app, client, request).await {
+    let mut response = match dispatch(app, client, request).await {
         Ok(response) => response,
         Err(error) if ollama => ollama::error_reply(&error),
         Err(error) => error::reply(&error),
@@ -98,7 +107,7 @@ pub async fn handle(
     if head && matches!(response.body(), Body::Full(_)) {
         *response.body_mut() = Body::empty();
     }
-    Ok(response)
+    response
 }
 
 async fn dispatch(
