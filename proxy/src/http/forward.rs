@@ -1,6 +1,7 @@
 //! Forwarding: find the model, wait for it, pass the bytes through.
 
-use std::net::SocketAddr;
+use std::borrow::Cow;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,24 +28,29 @@ use crate::rewrite::Rewrite;
 use crate::select::{self, Choice, Destination, Nowhere};
 use crate::upstream;
 
-/// Headers that belong to one connection (RFC 9110, section 7.6.1), and those that hyper sets itself.
-const HOP_BY_HOP: [HeaderName; 8] = [
-    header::CONNECTION,
-    HeaderName::from_static("keep-alive"),
-    HeaderName::from_static("proxy-connection"),
-    header::PROXY_AUTHENTICATE,
-    header::TE,
-    header::TRAILER,
-    header::TRANSFER_ENCODING,
-    header::UPGRADE,
-];
+/// Headers that belong to one connection (RFC 9110, section 7.6.1).
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection"
+            | "keep-alive"
+            | "proxy-connection"
+            | "proxy-authenticate"
+            | "te"
+            | "trailer"
+            | "transfer-encoding"
+            | "upgrade"
+    )
+}
 
-/// What a client shows to the proxy is not for the model's server.
-const CREDENTIALS: [HeaderName; 3] = [
-    header::AUTHORIZATION,
-    header::PROXY_AUTHORIZATION,
-    HeaderName::from_static("x-api-key"),
-];
+/// What a client shows to the proxy is not for the model's server; the length is set from the body that is really
+/// sent.
+fn is_for_the_proxy(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "authorization" | "proxy-authorization" | "x-api-key" | "expect" | "content-length"
+    )
+}
 
 const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 /// How long a process whose connection failed may take to be seen dead.
@@ -359,7 +365,7 @@ async fn serve(
         model.clone(),
         parts.method.clone(),
         asked,
-        client.ip().to_string(),
+        shown(client.ip()).into_owned(),
     );
     trace.tell_forwarded(parts.extensions.get().cloned());
     trace.record(&parts.headers, &body);
@@ -474,7 +480,7 @@ pub(super) fn pass_back(
     mut trace: Trace,
 ) -> Response<Body> {
     let (mut parts, incoming) = response.into_parts();
-    drop_hop_by_hop(&mut parts.headers);
+    drop_headers(&mut parts.headers, |_| false);
     let kind = parts
         .headers
         .get(header::CONTENT_TYPE)
@@ -498,36 +504,44 @@ pub(super) fn pass_back(
     )
 }
 
-pub(super) fn drop_hop_by_hop(headers: &mut HeaderMap) {
-    // Headers named in `Connection` belong to the connection too.
-    let named: Vec<HeaderName> = headers
-        .get_all(header::CONNECTION)
-        .iter()
-        .flat_map(|v| v.to_str().unwrap_or_default().split(','))
-        .filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok())
+/// Drops what belongs to the connection, and what `also` says. Most messages have little of either: they are looked
+/// through once.
+pub(super) fn drop_headers(headers: &mut HeaderMap, also: impl Fn(&HeaderName) -> bool) {
+    let mut dropped: Vec<HeaderName> = headers
+        .keys()
+        .filter(|name| is_hop_by_hop(name) || also(name))
+        .cloned()
         .collect();
-    for name in &named {
-        headers.remove(name);
+    if dropped.contains(&header::CONNECTION) {
+        // Headers named in `Connection` belong to the connection too.
+        let values = headers.get_all(header::CONNECTION).iter();
+        let named = values.flat_map(|v| v.to_str().unwrap_or_default().split(','));
+        dropped.extend(named.filter_map(|name| HeaderName::from_bytes(name.trim().as_bytes()).ok()));
     }
-    for name in &HOP_BY_HOP {
+    for name in &dropped {
         headers.remove(name);
     }
 }
 
-pub(super) fn tidy_request(headers: &mut HeaderMap, client: SocketAddr) {
-    drop_hop_by_hop(headers);
-    for name in &CREDENTIALS {
-        headers.remove(name);
+/// An address as text: most clients are on this machine.
+fn shown(ip: IpAddr) -> Cow<'static, str> {
+    match ip {
+        IpAddr::V4(Ipv4Addr::LOCALHOST) => Cow::Borrowed("127.0.0.1"),
+        ip => Cow::Owned(ip.to_string()),
     }
-    headers.remove(header::EXPECT);
-    // hyper sets it from the body that is really sent.
-    headers.remove(header::CONTENT_LENGTH);
-    let ip = client.ip();
-    let chain = match headers.get(FORWARDED_FOR).and_then(|v| v.to_str().ok()) {
-        Some(before) => format!("{before}, {ip}"),
-        None => ip.to_string(),
+}
+
+pub(super) fn tidy_request(headers: &mut HeaderMap, client: SocketAddr) {
+    drop_headers(headers, is_for_the_proxy);
+    let mut chain = shown(client.ip());
+    if let Some(before) = headers.get(FORWARDED_FOR).and_then(|v| v.to_str().ok()) {
+        chain = Cow::Owned(format!("{before}, {chain}"));
+    }
+    let value = match chain {
+        Cow::Borrowed(text) => Ok(HeaderValue::from_static(text)),
+        Cow::Owned(text) => HeaderValue::try_from(text),
     };
-    if let Ok(value) = HeaderValue::from_str(&chain) {
+    if let Ok(value) = value {
         headers.insert(FORWARDED_FOR, value);
     }
 }

@@ -18,7 +18,7 @@ use super::App;
 use super::body::{Body, Source};
 use super::error;
 use super::extract::{self, Place};
-use super::forward::{drop_hop_by_hop, early, pass_back, prefixed};
+use super::forward::{drop_headers, early, pass_back, prefixed};
 use super::pending::{SILENCE, Shown, Work};
 use crate::activity::Trace;
 use crate::catalog::Catalog;
@@ -113,7 +113,7 @@ fn no_loop(app: &App, headers: &HeaderMap) -> Result<(), ApiError> {
 
 /// Headers as a peer is to see them.
 fn headers_for_peers(app: &App, headers: &mut HeaderMap) {
-    drop_hop_by_hop(headers);
+    drop_headers(headers, |_| false);
     for name in &PRIVATE {
         headers.remove(name);
     }
