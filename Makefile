@@ -1,7 +1,12 @@
 # The project's two commands, and what they are made of.
 #   make demo    build, serve the demonstration model on 127.0.0.1:11434, show a streamed answer
 #   make test    every test
-.PHONY: demo build test bench docs
+# More:
+#   make bench         the demonstration model beside mlx_lm.server
+#   make bench-proxy   what swapd adds to a request
+#   make soak          ten minutes of everything at once
+#   make fuzz          every fuzz target for three minutes (needs cargo-fuzz)
+.PHONY: demo build test bench bench-proxy soak fuzz docs
 
 demo:
 	@scripts/demo
@@ -15,6 +20,16 @@ test:
 
 bench: build
 	tests/bench/run
+
+bench-proxy:
+	cargo build --release -p swapd --bins --examples
+	target/release/examples/proxybench
+
+soak:
+	SOAK_SECONDS=600 cargo test -p swapd --test soak -- --nocapture
+
+fuzz:
+	scripts/fuzz 180
 
 docs:
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps

@@ -3,7 +3,7 @@
 //! One lock guards the core; a request for a ready model takes it once on the way in and once on the way out. Nothing
 //! waits while holding it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll, Waker};
@@ -61,7 +61,8 @@ pub struct House {
 struct Inner {
     core: Lifecycle,
     catalog: Arc<Catalog>,
-    slots: HashMap<RequestId, Slot>,
+    /// Few, with ascending numbers: cheaper than hashing.
+    slots: BTreeMap<RequestId, Slot>,
     processes: HashMap<Instance, Arc<Process>>,
     unloads: HashMap<Ticket, oneshot::Sender<()>>,
     loads: HashMap<ModelId, Loads>,
@@ -207,7 +208,7 @@ impl House {
         let inner = Inner {
             core: Lifecycle::new(catalog.rules()),
             catalog,
-            slots: HashMap::new(),
+            slots: BTreeMap::new(),
             processes: HashMap::new(),
             unloads: HashMap::new(),
             loads: HashMap::new(),

@@ -1,6 +1,6 @@
 //! The reaction to each event. What follows from time and queues is in `settle`.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use indexmap::IndexMap;
@@ -54,7 +54,8 @@ pub struct Lifecycle {
     pub(crate) models: IndexMap<ModelId, Model>,
     pub(crate) residency: Arc<dyn Residency>,
     pub(crate) fairness: Fairness,
-    pub(crate) requests: HashMap<RequestId, Place>,
+    /// Few, with ascending numbers: cheaper than hashing.
+    pub(crate) requests: BTreeMap<RequestId, Place>,
     pub(crate) unloads: Vec<PendingUnload>,
     pub(crate) next_instance: u64,
     pub(crate) next_seq: u64,
@@ -74,7 +75,7 @@ impl Lifecycle {
                 .collect(),
             residency: config.residency,
             fairness: config.fairness,
-            requests: HashMap::new(),
+            requests: BTreeMap::new(),
             unloads: Vec::new(),
             next_instance: 0,
             next_seq: 0,

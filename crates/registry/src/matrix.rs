@@ -252,8 +252,12 @@ impl Parser {
                     ))
                 }
             }
-            "+" => match self.atom()? {
-                Raw::Name(name) => Ok(Raw::Set(name)),
+            // Looked at, not parsed: a row of pluses is no recursion.
+            "+" => match self.peek().map(|(_, next)| next.to_owned()) {
+                Some(name) if !matches!(name.as_str(), "&" | "|" | "(" | ")" | "+") => {
+                    self.next += 1;
+                    Ok(Raw::Set(name))
+                }
                 _ => Err(format!(
                     "`+` at column {column} of the expression needs the name of a set"
                 )),

@@ -226,6 +226,11 @@ fn matrix_errors_name_the_place() {
         errors(&format!("{}matrix: {{sets: {{s: '{deep}'}}}}", models(&["a"])))[0]
             .contains("nested parentheses")
     );
+    let pluses = "+".repeat(200_000);
+    assert!(
+        errors(&format!("{}matrix: {{sets: {{s: '{pluses}'}}}}", models(&["a"])))[0]
+            .contains("needs the name of a set")
+    );
 }
 
 #[test]

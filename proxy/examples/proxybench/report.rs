@@ -12,7 +12,9 @@ impl Report {
     pub fn row(&mut self, name: &str, value: f64, unit: &str, target: &str, good: bool, note: &str) {
         let mark = if good { "ok  " } else { "MISS" };
         println!("{mark} {name:<46} {value:>9.2} {unit:<4} {target:<9} {note}");
-        self.rows.push(json!({"name": name, "value": value, "unit": unit, "target": target, "met": good, "note": note}));
+        self.rows.push(
+            json!({"name": name, "value": value, "unit": unit, "target": target, "met": good, "note": note}),
+        );
     }
 
     /// At most.

@@ -104,8 +104,8 @@ async fn serve(mut stream: TcpStream, ready: Instant) -> Option<()> {
 async fn events(stream: &mut TcpStream, body: &[u8]) -> Option<()> {
     let [seed, events, bytes, gap] =
         ["\"seed\":", "\"events\":", "\"bytes\":", "\"gap_us\":"].map(|key| number(body, key));
-    let mut out = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-        .to_vec();
+    let mut out =
+        b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n".to_vec();
     let mut pace = tokio::time::interval(Duration::from_micros(gap.max(1)));
     for i in 0..events {
         if gap > 0 && i > 0 {

@@ -83,7 +83,7 @@ pub fn cpu(pid: u32) -> Duration {
     if let Ok(tasks) = std::fs::read_dir(format!("/proc/{pid}/task")) {
         let times = tasks.flatten().filter_map(|t| {
             let text = std::fs::read_to_string(t.path().join("schedstat")).ok()?;
-            text.split(' ').next()?.parse().ok()
+            text.split(' ').next()?.parse::<u64>().ok()
         });
         return Duration::from_nanos(times.sum());
     }
@@ -122,7 +122,9 @@ pub fn growth_mb(pid: u32, work: impl FnOnce()) -> f64 {
         done.store(true, std::sync::atomic::Ordering::Relaxed);
         watching.join().unwrap()
     });
-    let told = std::fs::read_to_string(format!("/proc/{pid}/status")).ok().filter(|_| kept);
+    let told = std::fs::read_to_string(format!("/proc/{pid}/status"))
+        .ok()
+        .filter(|_| kept);
     let told = told.and_then(|s| {
         let line = s.lines().find(|l| l.starts_with("VmHWM"))?.to_owned();
         line.split_whitespace().nth(1)?.parse::<f64>().ok()

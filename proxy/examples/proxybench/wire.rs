@@ -58,8 +58,7 @@ pub fn request(model: &str, more: &str) -> Vec<u8> {
 }
 
 pub fn stream(model: &str, seed: u64, events: u64, bytes: usize, gap_us: u64) -> Vec<u8> {
-    let more =
-        format!(r#","stream":true,"seed":{seed},"events":{events},"bytes":{bytes},"gap_us":{gap_us}"#);
+    let more = format!(r#","stream":true,"seed":{seed},"events":{events},"bytes":{bytes},"gap_us":{gap_us}"#);
     request(model, &more)
 }
 
