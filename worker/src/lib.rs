@@ -8,6 +8,7 @@
 //! | `http`    | the OpenAI-compatible routes over a backend                           |
 //! | `serve`   | `mlxworker serve`: start-up, control socket, shutdown                 |
 //! | `text`    | tokenizer, incremental detokeniser                                    |
+//! | `volumes` | why a file is not there                                               |
 
 pub mod backend;
 pub mod engine;
@@ -15,3 +16,4 @@ pub mod http;
 pub mod model;
 pub mod serve;
 pub mod text;
+mod volumes;

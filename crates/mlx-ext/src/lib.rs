@@ -3,6 +3,7 @@
 //! # Layout
 //!
 //! - [`mapped`]: arrays over memory-mapped files, so that weights stay file-backed pages;
+//! - `prefetch`: mapped files read ahead of use; `lost`: a word about one that cannot be read any more;
 //! - [`slab`]: memory that is written in place, step after step;
 //! - [`ops`]: operations missing from mlx-rs, or present there only for types known at compile time;
 //! - `device`: what memory the device has;
@@ -15,14 +16,18 @@
 mod device;
 mod error;
 mod exit;
+mod lost;
 pub mod mapped;
 pub mod ops;
+mod prefetch;
 pub mod slab;
 
 pub use device::{DeviceMemory, device_memory};
 pub use exit::exit_now;
+pub use lost::LOST_PAGE;
 pub use mapped::{MappedFile, MappedTensor};
 pub use mlx_rs::error::{Exception, Result};
+pub use prefetch::Prefetch;
 pub use slab::Slab;
 
 /// Which build of MLX this program runs on, for logs and status pages.

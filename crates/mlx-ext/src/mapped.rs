@@ -7,6 +7,7 @@
 //! the file when the array is made.**
 
 use crate::error;
+use crate::lost::Known;
 use crate::ops::{slice, view};
 use memmap2::Mmap;
 use mlx_rs::error::{Exception, Result};
@@ -14,6 +15,7 @@ use mlx_rs::{Array, Dtype};
 use std::ffi::c_void;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -23,33 +25,60 @@ const WORD: usize = size_of::<u64>();
 /// A file mapped read-only.
 #[derive(Debug, Clone)]
 pub struct MappedFile {
-    map: Arc<Mmap>,
+    mapping: Arc<Mapping>,
+}
+
+#[derive(Debug)]
+struct Mapping {
+    // Dropped before the mapping.
+    _known: Known,
+    map: Mmap,
 }
 
 impl MappedFile {
     /// Maps the whole file.
     ///
-    /// The file must not be shortened while it is mapped: reading a page beyond its end kills the process (SIGBUS).
+    /// The file must not be shortened while it is mapped, and its volume must stay: reading a page that is gone ends the
+    /// process, with a message (see `lost`).
     ///
     /// # Errors
     ///
     /// The file cannot be opened or mapped, or is empty.
     pub fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
-        if file.metadata()?.len() == 0 {
+        let length = file.metadata()?.len();
+        if length == 0 {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty"));
+        }
+        // A disk that fails is an error here, and a signal later.
+        for offset in [0, length - 1] {
+            file.read_exact_at(&mut [0], offset)?;
         }
         // SAFETY: the mapping is private and read-only. Another process that writes to a model file while it is in use
         // changes the numbers that inference reads; it cannot break memory safety here, because the bytes are only
         // ever read as plain numbers, apart from the header, which is parsed from a checked copy of them.
         let map = unsafe { Mmap::map(&file)? };
-        Ok(Self { map: Arc::new(map) })
+        let known = Known::new(&map, path);
+        Ok(Self {
+            mapping: Arc::new(Mapping { _known: known, map }),
+        })
     }
 
     /// The file's bytes.
     #[must_use]
     pub fn bytes(&self) -> &[u8] {
-        &self.map
+        &self.mapping.map
+    }
+
+    /// Asks the system to read a range of bytes into memory soon.
+    ///
+    /// # Errors
+    ///
+    /// The system's.
+    pub fn will_need(&self, range: std::ops::Range<usize>) -> io::Result<()> {
+        self.mapping
+            .map
+            .advise_range(memmap2::Advice::WillNeed, range.start, range.len())
     }
 
     /// The array over the whole file, as 8-byte words. It covers whole pages (Metal takes no other memory without a
@@ -59,20 +88,20 @@ impl MappedFile {
     ///
     /// A file of more than 16 GiB.
     pub fn words(&self) -> Result<MappedWords> {
-        let length = self.map.len();
+        let length = self.mapping.map.len();
         let words = i32::try_from(length.next_multiple_of(page_size()) / WORD).map_err(|_| {
             Exception::custom(format!(
                 "a file of {length} bytes is too large for one array (at most 16 GiB)"
             ))
         })?;
-        let payload = Arc::into_raw(Arc::clone(&self.map));
+        let payload = Arc::into_raw(Arc::clone(&self.mapping));
         let array = error::array(|result| {
             // SAFETY: the data are readable for `words` words, since a mapping covers whole pages. MLX never writes to them: it only donates buffers it has allocated itself, and this
             // one is always shared with the tensors cut from it. The payload keeps the mapping alive until MLX calls
             // `release`, which happens once.
             unsafe {
                 *result = mlx_sys::mlx_array_new_data_managed_payload(
-                    self.map.as_ptr().cast_mut().cast::<c_void>(),
+                    self.mapping.map.as_ptr().cast_mut().cast::<c_void>(),
                     &words,
                     1,
                     Dtype::Uint64.into(),
@@ -84,7 +113,7 @@ impl MappedFile {
         })?;
         // SAFETY: the array was just made from data, so that it is evaluated and has some.
         let data = unsafe { mlx_sys::mlx_array_data_uint64(array.as_ptr()) };
-        let in_place = data.cast::<u8>() == self.map.as_ptr();
+        let in_place = data.cast::<u8>() == self.mapping.map.as_ptr();
         Ok(MappedWords {
             array,
             length,
@@ -94,7 +123,7 @@ impl MappedFile {
 }
 
 /// Bytes of a page of memory.
-fn page_size() -> usize {
+pub(crate) fn page_size() -> usize {
     use nix::unistd::{SysconfVar, sysconf};
     let asked = sysconf(SysconfVar::PAGE_SIZE)
         .ok()
@@ -107,7 +136,7 @@ fn page_size() -> usize {
 /// Called by MLX when the last array over a mapping is gone.
 extern "C" fn release(payload: *mut c_void) {
     // SAFETY: `payload` came from Arc::into_raw in `words` and is given back once.
-    drop(unsafe { Arc::from_raw(payload.cast_const().cast::<Mmap>()) });
+    drop(unsafe { Arc::from_raw(payload.cast_const().cast::<Mapping>()) });
 }
 
 /// The array over a file, from which tensors are cut.

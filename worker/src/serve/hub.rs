@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
+use crate::volumes::missing_volume;
+
 /// Where hub ids and `~` are looked up.
 #[derive(Debug, Clone, Default)]
 pub struct HubPlaces {
@@ -59,6 +61,12 @@ pub fn resolve_model(model: &str, places: &HubPlaces) -> Result<PathBuf> {
     }
     if path.exists() {
         bail!("model {model}: {} is no directory", path.display());
+    }
+    if let Some(volume) = looked.iter().find_map(|path| missing_volume(path)) {
+        bail!(
+            "model {model}: not found: {} does not exist: is the volume mounted?",
+            volume.display()
+        );
     }
     let looked: Vec<String> = looked.iter().map(|p| p.display().to_string()).collect();
     bail!(
@@ -180,6 +188,17 @@ mod tests {
         ] {
             let message = resolve_model(path, &places).unwrap_err().to_string();
             assert!(!message.contains("models--"), "{message}");
+        }
+        let gone = HubPlaces {
+            caches: vec![PathBuf::from("/mnt/no-such-volume-here/hub")],
+            home: None,
+        };
+        for model in ["org/none", "/mnt/no-such-volume-here/m"] {
+            let message = resolve_model(model, &gone).unwrap_err().to_string();
+            assert!(
+                message.contains("/mnt/no-such-volume-here does not exist: is the volume mounted?"),
+                "{message}"
+            );
         }
         let empty = dir.path().join("empty");
         std::fs::create_dir(&empty).unwrap();
