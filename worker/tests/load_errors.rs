@@ -75,6 +75,17 @@ fn missing_files() {
         &error(broken.path()),
         &["model-00002-of-00003.safetensors", "No such file"],
     );
+    // As in a hub cache whose volume is gone.
+    let link = broken.path().join("model-00002-of-00003.safetensors");
+    std::os::unix::fs::symlink("/mnt/no-such-volume-here/blobs/abc", link).unwrap();
+    says(
+        &error(broken.path()),
+        &[
+            "model-00002-of-00003.safetensors",
+            "a link to /mnt/no-such-volume-here/blobs/abc, which is not there",
+            "/mnt/no-such-volume-here does not exist: is the volume mounted?",
+        ],
+    );
 }
 
 #[test]

@@ -172,6 +172,7 @@ fn a_proxy_gets_ready_heartbeats_and_answers() {
         }
     }
     assert!(beats.last().unwrap().active_bytes > 0, "{beats:?}");
+    assert!(beats.last().unwrap().footprint_bytes > 0, "{beats:?}");
     worker.command(ProxyCommand::Stop);
     assert_eq!(worker.ended_within(Duration::from_secs(10)).code(), Some(0));
 }

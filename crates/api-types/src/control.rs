@@ -67,6 +67,12 @@ pub struct Heartbeat {
     pub kv_used_bytes: u64,
     /// Bytes allocated by MLX.
     pub active_bytes: u64,
+    /// Freed bytes that MLX keeps.
+    pub buffer_cache_bytes: u64,
+    /// Bytes that the process takes, by the system's count.
+    pub footprint_bytes: u64,
+    /// Bytes that its plan allows for; 0 without one.
+    pub planned_bytes: u64,
 }
 
 /// What a proxy tells its worker.
@@ -118,7 +124,8 @@ mod tests {
         assert_eq!(
             serde_json::to_value(&beat).unwrap(),
             json!({"event": "heartbeat", "steps": 9, "last_step_age_ms": 0, "running": 1, "waiting": 0,
-                   "kv_used_bytes": 0, "active_bytes": 0})
+                   "kv_used_bytes": 0, "active_bytes": 0, "buffer_cache_bytes": 0, "footprint_bytes": 0,
+                   "planned_bytes": 0})
         );
         for event in [ready, beat, WorkerEvent::Fatal { message: "no".into() }] {
             let line = to_line(&event).unwrap();

@@ -113,6 +113,7 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
             "active_bytes": stats.active_bytes,
             "peak_bytes": stats.peak_bytes,
             "buffer_cache_bytes": stats.buffer_cache_bytes,
+            "process": service.footprint.look().json(),
         },
     }))
 }
@@ -122,9 +123,11 @@ pub(super) async fn metrics(State(service): State<Arc<Service>>) -> Result<Respo
     if !service.config.metrics {
         return Err(ApiError::not_found("metrics are switched off (--disable-metrics)").into());
     }
-    let text = service
-        .metrics
-        .render(&service.backend.stats(), service.in_flight());
+    let text = service.metrics.render(
+        &service.backend.stats(),
+        &service.footprint.look(),
+        service.in_flight(),
+    );
     Ok((
         [(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")],
         text,

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::Duration;
 
+use super::footprint::FootprintReading;
 use crate::backend::EngineStats;
 
 /// Which kind of request.
@@ -87,7 +88,12 @@ impl Metrics {
     }
 
     /// Everything, with the engine's own numbers.
-    pub(super) fn render(&self, engine: &EngineStats, in_flight: usize) -> String {
+    pub(super) fn render(
+        &self,
+        engine: &EngineStats,
+        process: &FootprintReading,
+        in_flight: usize,
+    ) -> String {
         let mut page = Page::default();
         page.head("requests_total", "counter", "Requests by route and outcome.");
         for (route, counters) in ROUTES.iter().zip(&self.requests) {
@@ -192,9 +198,43 @@ impl Metrics {
                 "Freed memory that MLX keeps.",
                 engine.buffer_cache_bytes,
             ),
+            (
+                "process_footprint_bytes",
+                "gauge",
+                "Memory of the process that no file backs.",
+                process.footprint_bytes,
+            ),
+            (
+                "process_footprint_peak_bytes",
+                "gauge",
+                "Its highest value so far.",
+                process.peak_bytes,
+            ),
+            (
+                "process_resident_bytes",
+                "gauge",
+                "Pages of the process in memory, those of files included.",
+                process.resident_bytes,
+            ),
+            (
+                "planned_bytes",
+                "gauge",
+                "What the memory plan allows for; 0 without one.",
+                process.planned_bytes,
+            ),
+            (
+                "looks_over_plan_total",
+                "counter",
+                "Looks at the process that found more than is planned.",
+                process.over_plan,
+            ),
         ] {
             page.head(name, kind, help);
             page.value(name, "", value);
+        }
+        if let Some(drift) = process.drift() {
+            page.head("plan_drift_bytes", "gauge", "Footprint less what is planned.");
+            page.value("plan_drift_bytes", "", drift);
         }
         page.head(
             "engine_last_step_age_seconds",
@@ -251,6 +291,12 @@ mod tests {
                 steps: 7,
                 ..EngineStats::default()
             },
+            &FootprintReading {
+                footprint_bytes: 40,
+                planned_bytes: 100,
+                over_plan: 3,
+                ..FootprintReading::default()
+            },
             2,
         );
         for line in [
@@ -263,6 +309,9 @@ mod tests {
             "mlxworker_time_to_first_token_seconds_sum 700.021",
             "mlxworker_engine_steps_total 7",
             "mlxworker_requests_in_flight 2",
+            "mlxworker_process_footprint_bytes 40",
+            "mlxworker_looks_over_plan_total 3",
+            "mlxworker_plan_drift_bytes -60",
         ] {
             assert!(text.lines().any(|l| l == line), "{line} is missing in\n{text}");
         }

@@ -14,6 +14,7 @@
 //! | `chat`        | `/v1/chat/completions`                                                            |
 //! | `completions` | `/v1/completions`                                                                 |
 //! | `info`        | models, health, status, metrics                                                   |
+//! | `footprint`   | what the process takes, beside the plan                                           |
 //! | `metrics`     | counters in Prometheus' format                                                    |
 //! | `errors`      | every error's status and envelope                                                 |
 //!
@@ -27,6 +28,7 @@ mod chat;
 mod choice;
 mod completions;
 mod errors;
+mod footprint;
 mod info;
 mod metrics;
 mod prompt;
@@ -41,6 +43,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::routing::{delete, get, post};
 
+pub use footprint::FootprintReading;
 pub use service::{ChatFormat, HttpConfig, Service, ServiceParts};
 
 /// All routes. Every answer that is no success carries the error envelope.

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use tokio::sync::watch;
 
 use super::errors;
+use super::footprint::{Footprint, FootprintReading};
 use super::metrics::Metrics;
 use super::requests::Requests;
 use crate::backend::{Backend, EngineState, EngineStats, SamplingParams};
@@ -105,6 +106,7 @@ pub struct Service {
     pub(super) backend: Arc<dyn Backend>,
     pub(super) metrics: Metrics,
     pub(super) requests: Requests,
+    pub(super) footprint: Footprint,
     /// Seconds since 1970 at the start; the model's `created`.
     pub(super) created: u64,
     pub(super) started: Instant,
@@ -125,6 +127,8 @@ impl Service {
             chat,
             backend,
         } = parts;
+        let planned = backend.info().limits.get("memory_planned_bytes");
+        let planned = planned.and_then(Value::as_u64).unwrap_or_default();
         Arc::new(Self {
             config,
             tokenizer,
@@ -133,6 +137,7 @@ impl Service {
             backend,
             metrics: Metrics::default(),
             requests: Requests::default(),
+            footprint: Footprint::new(planned),
             created: unix_seconds(),
             started: Instant::now(),
             declared: watch::Sender::new(None),
@@ -180,6 +185,11 @@ impl Service {
     #[must_use]
     pub fn engine_stats(&self) -> EngineStats {
         self.backend.stats()
+    }
+
+    /// Looks at the process's memory, and warns when it leaves the plan.
+    pub fn look_at_footprint(&self) -> FootprintReading {
+        self.footprint.look()
     }
 
     /// Ends the engine; what still runs gets an error.

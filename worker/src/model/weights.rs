@@ -12,6 +12,7 @@ use safetensors::tensor::{Dtype as FileDtype, Metadata};
 use serde_json::Value;
 
 use super::{LoadError, LoadOptions, LoadProgress};
+use crate::volumes::explain;
 
 /// How the weights lie in memory, for logs and status.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -196,7 +197,7 @@ pub(crate) fn bytes(folder: &Path) -> Result<u64, LoadError> {
     let size = |path: &PathBuf| {
         fs::metadata(path)
             .map(|data| data.len())
-            .map_err(|error| failed(path, error))
+            .map_err(|error| failed(path, explain(path, &error)))
     };
     list(folder)?.iter().map(size).sum()
 }
@@ -222,7 +223,7 @@ fn list(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
         }
         return Ok(files.into_iter().collect());
     }
-    let entries = fs::read_dir(folder).map_err(|error| failed(folder, error))?;
+    let entries = fs::read_dir(folder).map_err(|error| failed(folder, explain(folder, &error)))?;
     let mut files: Vec<PathBuf> = entries
         .flatten()
         .map(|entry| entry.path())

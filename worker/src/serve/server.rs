@@ -11,7 +11,7 @@ use tokio::sync::oneshot;
 use tokio::time::{MissedTickBehavior, timeout};
 
 use super::control::Control;
-use crate::http::{Service, router};
+use crate::http::{FootprintReading, Service, router};
 
 /// Time between two heartbeats.
 const HEARTBEAT: Duration = Duration::from_secs(1);
@@ -104,10 +104,11 @@ pub async fn serve(
                 Some(ProxyCommand::Unknown) => tracing::warn!("an unknown command on the control socket"),
                 None => break Ending::ProxyGone,
             },
-            _ = beat.tick(), if control.is_some() => {
+            _ = beat.tick() => {
+                let process = service.look_at_footprint();
                 if let Some(control) = control.as_deref() {
                     // A proxy that does not read gets none; it will see the next one.
-                    let _ = control.events().try_send(heartbeat(&service));
+                    let _ = control.events().try_send(heartbeat(&service, &process));
                 }
             }
         }
@@ -151,7 +152,7 @@ async fn next_command(control: Option<&mut Control>) -> Option<ProxyCommand> {
     }
 }
 
-fn heartbeat(service: &Service) -> WorkerEvent {
+fn heartbeat(service: &Service, process: &FootprintReading) -> WorkerEvent {
     let stats = service.engine_stats();
     WorkerEvent::Heartbeat(Heartbeat {
         steps: stats.steps,
@@ -160,5 +161,8 @@ fn heartbeat(service: &Service) -> WorkerEvent {
         waiting: stats.waiting as u64,
         kv_used_bytes: stats.kv_used_bytes,
         active_bytes: stats.active_bytes,
+        buffer_cache_bytes: stats.buffer_cache_bytes,
+        footprint_bytes: process.footprint_bytes,
+        planned_bytes: process.planned_bytes,
     })
 }
