@@ -85,7 +85,7 @@ impl Worker {
                     return (port, json!({"model": model, "limits": limits}));
                 }
                 WorkerEvent::Loading { phase, done, total } => {
-                    assert!(phase == "weights" && done <= total && total > 0);
+                    assert!(["weights", "pages"].contains(&phase.as_str()) && done <= total && total > 0);
                 }
                 other => panic!("{other:?}"),
             }
@@ -157,6 +157,11 @@ fn a_proxy_gets_ready_heartbeats_and_answers() {
     let (port, ready) = worker.ready();
     assert_eq!(ready["model"], "tiny");
     assert_eq!(ready["limits"]["max_running"], 2);
+    assert!(ready["limits"]["load_seconds"].as_f64().unwrap() > 0.0, "{ready}");
+    assert!(
+        ready["limits"]["load_resident_bytes"].as_u64().unwrap() > 10 << 20,
+        "{ready}"
+    );
     let (status, text) = ask(port, "/v1/chat/completions", &chat(8));
     assert_eq!(status, 200, "{text}");
     assert!(text.contains("data: [DONE]"), "{text}");
@@ -191,6 +196,24 @@ fn mlx_variables_are_in_the_environment_from_the_start() {
         assert!(variables.contains(&variable), "{variables:?}");
     }
     assert!(variables.contains(&"MLXWORKER_CONTROL=stdin"));
+}
+
+/// However weights come into memory, the replies are the same.
+#[test]
+fn weights_can_be_read_instead_of_mapped() {
+    let replies = ["mmap", "read"].map(|how| {
+        let mut worker = Worker::supervised(&demo(), &["--weights", how]);
+        let (port, ready) = worker.ready();
+        let copied = ready["limits"]["weights_copied_bytes"].as_u64().unwrap();
+        assert!(how == "mmap" || copied > 1 << 20, "{ready}");
+        let mut body = chat(16);
+        body["stream"] = false.into();
+        let (status, text) = ask(port, "/v1/chat/completions", &body);
+        assert_eq!(status, 200, "{text}");
+        let (_, json) = text.split_once("\r\n\r\n").unwrap();
+        serde_json::from_str::<Value>(json).unwrap()["choices"][0]["message"]["content"].clone()
+    });
+    assert_eq!(replies[0], replies[1]);
 }
 
 /// A step that takes longer than it may: the client is told, and the process ends with the reason.

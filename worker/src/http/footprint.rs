@@ -6,7 +6,9 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
-use serde_json::{Value, json};
+use std::time::Duration;
+
+use serde_json::{Map, Value, json};
 
 /// Counters of the process's memory, in bytes.
 #[derive(Debug, Default)]
@@ -19,6 +21,44 @@ pub(super) struct Footprint {
     /// Looks that found more than is planned.
     over: AtomicU64,
     is_over: AtomicBool,
+}
+
+/// What loading and warming up took.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct LoadReport {
+    /// From the command line to the first token.
+    pub seconds: f64,
+    /// Pages in memory afterwards, those of files included.
+    pub resident_bytes: u64,
+    /// Memory that no file backs.
+    pub footprint_bytes: u64,
+}
+
+impl LoadReport {
+    /// Of a model that has just been loaded.
+    #[must_use]
+    pub fn new(took: Duration) -> Self {
+        let memory = hostmem::process(std::process::id()).ok();
+        Self {
+            seconds: took.as_secs_f64(),
+            resident_bytes: memory.map_or(0, |memory| memory.resident_bytes),
+            footprint_bytes: memory.map_or(0, |memory| memory.footprint_bytes),
+        }
+    }
+
+    /// By name.
+    #[must_use]
+    pub fn fields(&self) -> Map<String, Value> {
+        let fields: [(&str, Value); 3] = [
+            ("load_seconds", self.seconds.into()),
+            ("load_resident_bytes", self.resident_bytes.into()),
+            ("load_footprint_bytes", self.footprint_bytes.into()),
+        ];
+        fields
+            .into_iter()
+            .map(|(name, value)| (name.to_owned(), value))
+            .collect()
+    }
 }
 
 /// One look.

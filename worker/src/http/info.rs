@@ -77,6 +77,7 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
         "version": env!("CARGO_PKG_VERSION"),
         "uptime_seconds": service.started.elapsed().as_secs(),
         "draining": service.is_draining(),
+        "load": config.load.fields(),
         "limits": {
             "context_length": info.context_length,
             "max_tokens": config.default_max_tokens,

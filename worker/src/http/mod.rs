@@ -43,7 +43,7 @@ use std::sync::Arc;
 use axum::Router;
 use axum::routing::{delete, get, post};
 
-pub use footprint::FootprintReading;
+pub use footprint::{FootprintReading, LoadReport};
 pub use service::{ChatFormat, HttpConfig, Service, ServiceParts};
 
 /// All routes. Every answer that is no success carries the error envelope.

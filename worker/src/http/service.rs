@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use tokio::sync::watch;
 
 use super::errors;
-use super::footprint::{Footprint, FootprintReading};
+use super::footprint::{Footprint, FootprintReading, LoadReport};
 use super::metrics::Metrics;
 use super::requests::Requests;
 use crate::backend::{Backend, EngineState, EngineStats, SamplingParams};
@@ -62,6 +62,8 @@ pub struct HttpConfig {
     pub max_body: usize,
     /// Serve `/metrics`.
     pub metrics: bool,
+    /// What loading the model took.
+    pub load: LoadReport,
 }
 
 impl Default for HttpConfig {
@@ -82,6 +84,7 @@ impl Default for HttpConfig {
             stall_limit: Duration::from_secs(60),
             max_body: 64 << 20,
             metrics: true,
+            load: LoadReport::default(),
         }
     }
 }

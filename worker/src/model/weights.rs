@@ -202,6 +202,15 @@ pub(crate) fn bytes(folder: &Path) -> Result<u64, LoadError> {
     list(folder)?.iter().map(size).sum()
 }
 
+/// The weight files of a model, before any of them is opened.
+///
+/// # Errors
+///
+/// No weight file, or an index that cannot be read.
+pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
+    list(folder)
+}
+
 /// The files that the index names, else every `model*.safetensors`.
 fn list(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
     let index = folder.join(INDEX);

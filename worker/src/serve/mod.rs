@@ -6,6 +6,7 @@
 //! | `startup` | a directory and knobs to a service                                         |
 //! | `control` | the control socket: lines out, commands and the end of file in             |
 //! | `environment` | variables that MLX reads at its start                                   |
+//! | `prefetch` | weight files read ahead while the model loads                              |
 //! | `watchdog` | a step that never ends                                                    |
 //! | `server`  | answering until something ends it                                          |
 //!
@@ -15,6 +16,7 @@
 mod control;
 pub mod environment;
 mod hub;
+mod prefetch;
 mod server;
 mod startup;
 mod watchdog;
@@ -22,7 +24,7 @@ mod watchdog;
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use api_types::control::WorkerEvent;
@@ -40,7 +42,7 @@ pub use watchdog::Watchdog;
 
 use crate::backend::{Backend, EngineState};
 use crate::engine::{Engine, StartError};
-use crate::http::Service;
+use crate::http::{LoadReport, Service};
 
 /// A worker could not serve, or not any more. Why has been told, on standard error and to the proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,7 +121,11 @@ async fn start_and_serve(
         let (args, folder, supervised) = (args.clone(), folder.clone(), control.is_some());
         move || startup::Text::load(&args, &folder, supervised)
     });
+    let began = Instant::now();
+    let mut ahead = (knobs.weights == "mmap")
+        .then(|| prefetch::Ahead::start(&folder, control.as_deref().map(Control::events)));
     let config = startup::engine(knobs, folder)?;
+    let watchdog = config.watchdog;
     *started = Started::Loading(tokio::spawn(Engine::start(config, progress(control.as_deref()))));
     // Both are under way; what is wrong with the text shows first.
     let loaded = async {
@@ -141,10 +147,22 @@ async fn start_and_serve(
         },
         None => loaded.await?,
     };
-    let service = Service::new(text.into_parts(Arc::clone(&backend))?);
+    let in_place = backend.info().limits.get("weights_in_place") == Some(&true.into());
+    if let Some(ahead) = &mut ahead {
+        ahead.loaded(in_place);
+    }
+    let load = LoadReport::new(began.elapsed());
+    tracing::info!(
+        seconds = load.seconds,
+        resident = load.resident_bytes,
+        footprint = load.footprint_bytes,
+        "loaded and warmed up"
+    );
+    let service = Service::new(text.into_parts(Arc::clone(&backend), load)?);
     let listener = socket.listen(1024).context("listening")?;
     let address = listener.local_addr().context("the listening address")?;
-    let limits = backend.info().limits.clone();
+    let mut limits = backend.info().limits.clone();
+    limits.extend(load.fields());
     let model = service.served_model().to_owned();
     match control.as_deref_mut() {
         Some(control) => {
@@ -159,8 +177,7 @@ async fn start_and_serve(
         None => say(&format!("{model} is served at http://{address}/v1")),
     }
     let signals = Signals::install().context("watching for signals")?;
-    let watchdog = Watchdog::start(&service, Duration::from_secs_f64(knobs.watchdog_seconds))
-        .context("starting the watchdog")?;
+    let watchdog = Watchdog::start(&service, watchdog).context("starting the watchdog")?;
     let ending = serve(listener, Arc::clone(&service), control, signals).await;
     drop(watchdog);
     if service.is_declared_dead() {

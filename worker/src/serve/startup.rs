@@ -10,7 +10,7 @@ use knobs::{Knobs, ParsedArgs, fallback};
 
 use crate::backend::{Backend, SamplingParams};
 use crate::engine::{AttentionChoice, Dequantize, EngineConfig};
-use crate::http::{ChatFormat, HttpConfig, ServiceParts};
+use crate::http::{ChatFormat, HttpConfig, LoadReport, ServiceParts};
 use crate::text::{GenerationDefaults, TextTokenizer};
 
 /// Everything about text, read from the model's directory while the weights load.
@@ -61,7 +61,8 @@ impl Text {
     }
 
     /// With the engine.
-    pub(super) fn into_parts(self, backend: Arc<dyn Backend>) -> Result<ServiceParts> {
+    pub(super) fn into_parts(mut self, backend: Arc<dyn Backend>, load: LoadReport) -> Result<ServiceParts> {
+        self.config.load = load;
         let rows = backend.info().vocab_size;
         if let Some(id) = self.config.eos_tokens.iter().find(|id| **id as usize >= rows) {
             bail!("end-of-sequence token {id} is not below the model's vocabulary size of {rows}");
