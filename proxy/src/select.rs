@@ -14,6 +14,8 @@ pub struct Choice {
     pub to: Destination,
     /// The name of a pin's or selector's target, which takes the requested one's place in the body.
     pub target: Option<String>,
+    /// The model of this machine, and its name as a target, that serves should no peer take the request.
+    pub otherwise: Option<(ModelId, String)>,
 }
 
 impl Choice {
@@ -72,6 +74,7 @@ pub fn follow(
     Ok(Choice {
         to: catalog.destination(name).ok_or(Nowhere::Unknown)?,
         target: pinned.then(|| name.to_owned()),
+        otherwise: None,
     })
 }
 
@@ -135,13 +138,28 @@ fn choose(
         Target::Here(name, model, _) => Choice {
             to: Destination::Model((*model).clone()),
             target: Some((*name).to_owned()),
+            otherwise: None,
         },
-        // The other peers are there for when this one turns out not to be.
         Target::There(name, far) => Choice {
             to: Destination::Peers(far.clone()),
             target: Some((*name).to_owned()),
+            otherwise: if selector.strategy == Strategy::Spillover {
+                stand_in(&targets)
+            } else {
+                None
+            },
         },
     })
+}
+
+/// The model of this machine that is least busy.
+fn stand_in(targets: &[Target<'_>]) -> Option<(ModelId, String)> {
+    let here = |t: &&Target<'_>| t.is(State::Stopped) || (t.is_active() && !t.is_there());
+    let found = targets.iter().filter(here).min_by_key(|t| t.busy());
+    match found {
+        Some(Target::Here(name, model, _)) => Some(((*model).clone(), (*name).to_owned())),
+        _ => None,
+    }
 }
 
 /// The target that is to take one more request, each of them up to `room` while another has some left.

@@ -107,6 +107,7 @@ fn end_now(app: &App) {
 
 fn cut_at_peers(app: &App) {
     let catalog = app.house.catalog();
+    catalog.peers.cut();
     for request in app.activity.running() {
         if catalog.model(&request.model).is_none() {
             let _ = app.activity.cancel(request.id);

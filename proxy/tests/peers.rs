@@ -262,17 +262,19 @@ fn failures_are_told_and_a_stream_that_breaks_off_looks_so() {
         message.contains("peer 'dead'") && message.contains("refused"),
         "{message}"
     );
-    assert_eq!(swapd.chat("d", "").status, 502);
-    // It has failed twice: for a moment nobody waits for it, and then it is tried again.
-    let answer = swapd.chat("d", "");
+    // It fails again: for a moment nobody waits for it, and then it is tried anew.
+    let answer = eventually("rests", 10 * SEC, || {
+        let answer = swapd.chat("d", "");
+        (answer.status == 503).then_some(answer)
+    });
     let (message, code) = answer.error();
-    assert_eq!((answer.status, code.as_str()), (503, "peer_down"));
+    assert_eq!(code, "peer_down");
     assert!(
-        message.contains("refused") && answer.header("retry-after") == Some("1"),
+        message.contains("refused") && answer.header("retry-after").is_some(),
         "{message}"
     );
     let _back = Far::start_at(dead, &[]);
-    eventually("tried again", 5 * SEC, || {
+    eventually("tried again", 15 * SEC, || {
         (swapd.chat("d", "").status == 200).then_some(())
     });
     let late = swapd.chat("m", r#""delay_ms":3000"#);
@@ -350,10 +352,21 @@ peers: {{gpu: {{proxy: 'http://127.0.0.1:{}', models: [there]}}}}
     let got = Received::of(&swapd.chat("best", r#""echo":true"#));
     assert_eq!(got.0["pid"], far.child.id());
     assert!(got.body().contains(r#""model":"there""#), "{}", got.body());
+    // A peer that is not there is no way out: the request waits its turn here.
+    let here = busy_pid(&swapd);
+    drop(far);
+    for _ in 0..3 {
+        assert_eq!(swapd.chat("best", "").json()["pid"], here);
+    }
     drop(busy);
     eventually("room again", SEC, || {
-        (swapd.chat("best", "").json()["pid"] != far.child.id()).then_some(())
+        (swapd.running()[0]["inflight"] == 0).then_some(())
     });
+    assert_eq!(swapd.chat("best", "").json()["pid"], here);
+}
+
+fn busy_pid(swapd: &Swapd) -> Value {
+    swapd.running()[0]["pid"].clone()
 }
 
 #[test]
@@ -370,13 +383,13 @@ fn a_peers_list_is_looked_up_again() {
         let rows = list["data"].as_array().unwrap().iter();
         rows.map(|r| r["id"].as_str().unwrap().to_owned()).collect()
     };
-    eventually("seen", 3 * SEC, || {
+    eventually("seen", 5 * SEC, || {
         (ids() == ["gpu/one", "gpu/two"]).then_some(())
     });
     assert_eq!(swapd.chat("two", "").status, 200);
     assert_eq!(swapd.chat("gpu/three", "").status, 404);
     far.has("one\nthree\n");
-    eventually("seen again", 8 * SEC, || {
+    eventually("seen again", 15 * SEC, || {
         (ids() == ["gpu/one", "gpu/three"]).then_some(())
     });
     assert_eq!(swapd.chat("gpu/three", "").status, 200);

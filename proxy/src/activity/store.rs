@@ -389,7 +389,8 @@ mod tests {
             store.put(row(id));
         }
         let lost = store.lost();
-        assert!((99..=100).contains(&lost), "{lost}");
+        // One more where the question itself still waits in the queue.
+        assert!((100..=101).contains(&lost), "{lost}");
         go.send(()).unwrap();
         asking.await.unwrap();
         let found = store.page(page(Column::Id, true)).await.unwrap();

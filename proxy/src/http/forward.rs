@@ -157,7 +157,17 @@ pub(super) async fn named(
                 parts,
                 body,
             };
-            return peer::serve(app, catalog, client, ask).await;
+            let spare = choice.otherwise.as_ref().map(|other| (other, ask.again()));
+            let answer = peer::serve(app, catalog, client, ask).await;
+            return match (answer, spare) {
+                (Err(error), Some(((model, target), ask))) if peer::is_untaken(&error) => {
+                    tracing::info!(%model, "no peer takes the request: {}", error.message);
+                    let (parts, path, target) = (ask.parts, ask.path, Some(target.as_str()));
+                    let body = filtered(catalog, model, target, name, place, ask.body)?;
+                    serve(app, catalog, client, model, parts, path, body, streams).await
+                }
+                (answer, _) => answer,
+            };
         }
     };
     let body = filtered(catalog, model, choice.target.as_deref(), name, place, body)?;

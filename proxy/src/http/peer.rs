@@ -62,6 +62,20 @@ pub(super) struct Ask {
     pub(super) body: Bytes,
 }
 
+impl Ask {
+    /// The request for whoever comes after all peers.
+    pub(super) fn again(&self) -> Self {
+        Self {
+            far: Vec::new(),
+            name: self.name.clone(),
+            place: self.place.clone(),
+            path: self.path.clone(),
+            parts: self.parts.clone(),
+            body: self.body.clone(),
+        }
+    }
+}
+
 /// Sends the request to the first peer that takes it and passes the reply back.
 pub(super) async fn serve(
     app: &Arc<App>,
@@ -196,6 +210,11 @@ async fn exchange(
     Err(failed.unwrap_or_else(|| ApiError::internal("no peer to ask")))
 }
 
+/// Whether no peer has taken the request: another server may have it.
+pub(super) fn is_untaken(error: &ApiError) -> bool {
+    matches!(error.code, Some("peer_unreachable" | "peer_down" | "peer_busy"))
+}
+
 fn no_reply(far: &Far, error: &Error) -> ApiError {
     let Far { peer, model } = far;
     let message = format!(
@@ -321,12 +340,17 @@ pub(super) async fn upgrade(
             return Err(ApiError::internal("the upgraded connection is gone"));
         };
         tokio::spawn(async move {
-            let _visit = visit;
-            if let Ok(here) = here.await {
-                let mut here = TokioIo::new(here);
-                if here.write_all(&early).await.is_ok() {
-                    let _ = tokio::io::copy_bidirectional(&mut there, &mut here).await;
+            let copying = async {
+                if let Ok(here) = here.await {
+                    let mut here = TokioIo::new(here);
+                    if here.write_all(&early).await.is_ok() {
+                        let _ = tokio::io::copy_bidirectional(&mut there, &mut here).await;
+                    }
                 }
+            };
+            tokio::select! {
+                () = copying => {}
+                () = visit.cut() => {}
             }
         });
         return Ok(Response::from_parts(parts, Body::empty()));

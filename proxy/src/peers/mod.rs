@@ -15,7 +15,7 @@ use lifecycle::ModelId;
 use parking_lot::Mutex;
 use registry::Registry;
 use serde_json::{Value, json};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 use crate::upstream::{Address, Pool, SharedPool};
 
@@ -38,6 +38,8 @@ pub struct Peers {
 struct Traffic {
     running: Mutex<usize>,
     none: Notify,
+    /// Upgraded connections end.
+    cut: watch::Sender<bool>,
 }
 
 /// One peer.
@@ -108,6 +110,14 @@ pub struct Visit {
     /// Where.
     pub far: Far,
     traffic: Arc<Traffic>,
+}
+
+impl Visit {
+    /// Returns when connections that have no end of their own have to end.
+    pub async fn cut(&self) {
+        let mut cut = self.traffic.cut.subscribe();
+        let _ = cut.wait_for(|cut| *cut).await;
+    }
 }
 
 impl Drop for Visit {
@@ -200,6 +210,11 @@ impl Peers {
             }
             none.await;
         }
+    }
+
+    /// Ends connections that have no end of their own.
+    pub fn cut(&self) {
+        self.traffic.cut.send_replace(true);
     }
 
     /// `peer/model` of every model, sorted, with its peer.
