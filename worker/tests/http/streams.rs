@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mlxworker::backend::scripted::Act;
+use mlxworker::backend::scripted::{Act, Ending};
 use mlxworker::backend::{EngineError, EngineState};
 use serde_json::{Value, json};
 
@@ -40,6 +40,29 @@ async fn role_then_text_then_reason_then_usage() {
     let usage = &chunks.last().unwrap()["usage"];
     assert_eq!(usage["completion_tokens"], spell("Grüße, 🦀!").len() + 1);
     assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 2);
+}
+
+/// The stop string itself is never sent, however the tokens cut it, and generation ends with it.
+#[tokio::test]
+async fn a_stop_string_ends_a_stream_and_is_not_in_it() {
+    let server = start(|_| {
+        let mut script = spell("one two three");
+        script.push(Act::Hang);
+        Ok(script)
+    })
+    .await;
+    for stop in [json!("o th"), json!(["never", "o th"])] {
+        let stream = server.chat_stream(json!({"stop": stop})).await;
+        assert_eq!(stream.joined(0, "content"), "one tw");
+        assert_eq!(stream.finish_reason(0), "stop");
+    }
+    let endings = server.backend.endings(2).await;
+    assert!(
+        endings
+            .iter()
+            .all(|(_, ending)| matches!(ending, Ending::Cancelled(_))),
+        "{endings:?}"
+    );
 }
 
 #[tokio::test]
