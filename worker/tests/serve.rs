@@ -216,6 +216,38 @@ fn weights_can_be_read_instead_of_mapped() {
     assert_eq!(replies[0], replies[1]);
 }
 
+/// What is computed at start is cached for the first request.
+#[test]
+fn warm_prompts_are_known_to_the_prefix_cache() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompts.json");
+    let system = json!({"role": "system", "content": "You are told many things. ".repeat(30)});
+    std::fs::write(
+        &file,
+        json!([[system, {"role": "user", "content": "Hi"}]]).to_string(),
+    )
+    .unwrap();
+    let mut worker = Worker::supervised(&demo(), &["--warm-prompts", file.to_str().unwrap()]);
+    let (port, _) = worker.ready();
+    let mut body = chat(1);
+    body["stream"] = false.into();
+    body["messages"] = json!([system, {"role": "user", "content": "Another question"}]);
+    let (status, text) = ask(port, "/v1/chat/completions", &body);
+    assert_eq!(status, 200, "{text}");
+    let (_, json) = text.split_once("\r\n\r\n").unwrap();
+    let usage = serde_json::from_str::<Value>(json).unwrap()["usage"].clone();
+    let (prompt, cached) = (
+        &usage["prompt_tokens"],
+        &usage["prompt_tokens_details"]["cached_tokens"],
+    );
+    assert!(cached.as_u64().unwrap() * 2 > prompt.as_u64().unwrap(), "{usage}");
+    let (code, message) = start_broken(&["--warm-prompts", "/no/such/file.json"], |_| {});
+    assert!(
+        code == Some(1) && message.contains("--warm-prompts /no/such/file.json"),
+        "{message}"
+    );
+}
+
 /// A step that takes longer than it may: the client is told, and the process ends with the reason.
 #[test]
 fn a_step_without_end_ends_the_worker() {

@@ -377,10 +377,10 @@ knob_table! {
         group: Group::Memory, off: &["disable-prefix-cache"], default: Fixed::Bool(true),
         reason: "the biggest gain of all in conversations of many turns",
     }
-    /// JSON file with message lists that are prefilled at start.
+    /// JSON file with lists of messages that are computed at start, before the worker is ready, so that the prefix cache
+    /// knows them: `[[{"role": "system", "content": "..."}], ...]`.
     warm_prompts: Option<String> = "warm-prompts" {
         group: Group::Memory, kind: Kind::Str,
-        effect: Effect::AcceptedOnly("it comes with the prefix cache on disk"),
     }
     /// Most tokens of KV for one request.
     max_kv_size: Option<u64> = "max-kv-size" {

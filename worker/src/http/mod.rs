@@ -16,6 +16,7 @@
 //! | `info`        | models, health, status, metrics                                                   |
 //! | `footprint`   | what the process takes, beside the plan                                           |
 //! | `metrics`     | counters in Prometheus' format                                                    |
+//! | `warm`        | prompts computed before anybody asks                                              |
 //! | `errors`      | every error's status and envelope                                                 |
 //!
 //! Cancellation is dropping: a client's disconnect drops the handler or the response body, that drops the run, that
@@ -36,6 +37,7 @@ mod reply;
 mod requests;
 mod run;
 mod service;
+mod warm;
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
@@ -45,6 +47,7 @@ use axum::routing::{delete, get, post};
 
 pub use footprint::{FootprintReading, LoadReport};
 pub use service::{ChatFormat, HttpConfig, Service, ServiceParts};
+pub use warm::{read_prompts, warm};
 
 /// All routes. Every answer that is no success carries the error envelope.
 pub fn router(service: Arc<Service>) -> Router {

@@ -23,6 +23,7 @@ mod watchdog;
 
 use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -42,7 +43,7 @@ pub use watchdog::Watchdog;
 
 use crate::backend::{Backend, EngineState};
 use crate::engine::{Engine, StartError};
-use crate::http::{LoadReport, Service};
+use crate::http::{LoadReport, Service, read_prompts, warm};
 
 /// A worker could not serve, or not any more. Why has been told, on standard error and to the proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -125,6 +126,13 @@ async fn start_and_serve(
     let mut ahead = (knobs.weights == "mmap")
         .then(|| prefetch::Ahead::start(&folder, control.as_deref().map(Control::events)));
     let config = startup::engine(knobs, folder)?;
+    let warm_prompts = match &knobs.warm_prompts {
+        Some(file) if !knobs.enable_prefix_cache => {
+            bail!("--warm-prompts {file} needs --enable-prefix-cache: nothing would remember them")
+        }
+        Some(file) => read_prompts(Path::new(file))?,
+        None => Vec::new(),
+    };
     let watchdog = config.watchdog;
     *started = Started::Loading(tokio::spawn(Engine::start(config, progress(control.as_deref()))));
     // Both are under way; what is wrong with the text shows first.
@@ -159,6 +167,20 @@ async fn start_and_serve(
         "loaded and warmed up"
     );
     let service = Service::new(text.into_parts(Arc::clone(&backend), load)?);
+    if !warm_prompts.is_empty() {
+        let warming = async {
+            let tokens = warm(&service, warm_prompts).await?;
+            tracing::info!(tokens, "warm prompts are computed");
+            Ok::<_, anyhow::Error>(())
+        };
+        match control.as_deref_mut() {
+            Some(control) => tokio::select! {
+                warmed = warming => warmed?,
+                ending = control.gone_or_stopped() => return Ok(ending),
+            },
+            None => warming.await?,
+        }
+    }
     let listener = socket.listen(1024).context("listening")?;
     let address = listener.local_addr().context("the listening address")?;
     let mut limits = backend.info().limits.clone();
