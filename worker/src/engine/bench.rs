@@ -5,13 +5,13 @@
 
 use std::time::{Duration, Instant};
 
-use kv_cache::{BlockId, SeqId, SlotRun};
+use kv_cache::{BlockId, SeqId};
 use mlx_rs::error::Exception;
 use serde::Serialize;
 
 use super::sampler::Sampler;
 use super::start;
-use super::stepper::{DecodeRow, Stepper};
+use super::stepper::{DecodeRow, Stepper, runs};
 use super::{Engine, EngineConfig, StartError};
 use crate::backend::{Backend, GenerateRequest, GenerationEvent, SamplingParams};
 
@@ -176,20 +176,6 @@ fn run(
     }
     let first = first.unwrap_or_else(Instant::now);
     Ok((first - started, first.elapsed()))
-}
-
-fn runs(table: &[BlockId], block_size: usize, start: usize, length: usize) -> Vec<SlotRun> {
-    let mut runs = Vec::new();
-    let mut at = start;
-    while at < start + length {
-        let offset = at % block_size;
-        let len = (block_size - offset).min(start + length - at);
-        if let Some(&block) = table.get(at / block_size) {
-            runs.push(SlotRun { block, offset, len });
-        }
-        at += len;
-    }
-    runs
 }
 
 /// Through the engine's handle, as the HTTP layer uses it.

@@ -30,7 +30,6 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use kv_cache::CacheConfig;
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
 
@@ -39,6 +38,7 @@ use crate::backend::{
 };
 use crate::model::weights::Storage;
 use crate::model::{LoadError, LoadOptions, LoadProgress};
+use memory::{DoesNotFit, MemoryPlan};
 use run::Command;
 use stats::Counters;
 
@@ -151,6 +151,9 @@ pub enum StartError {
         /// `max_position_embeddings`.
         known: usize,
     },
+    /// It does not fit into the memory that the worker may use.
+    #[error(transparent)]
+    Memory(#[from] DoesNotFit),
     /// The first prefill and decode failed.
     #[error("warm-up: {0}")]
     WarmUp(String),
@@ -278,32 +281,29 @@ impl Backend for Engine {
 /// What `/status` and the `ready` line tell of the effective limits.
 fn limits(
     config: &EngineConfig,
-    cache: &CacheConfig,
+    plan: &MemoryPlan,
     context_length: usize,
     options: LoadOptions,
     storage: Storage,
 ) -> Limits {
+    let mut limits = plan.limits();
     let value = json!({
         "context_length": context_length,
         "max_running": config.max_running,
         "max_waiting": config.max_waiting,
+        "max_wait_seconds": config.max_wait.map(|wait| wait.as_secs_f64()),
         "prefill_chunk": config.prefill_chunk,
         "step_budget": config.step_budget,
-        "kv_block_size": cache.block_size,
-        "kv_blocks": cache.total_blocks,
-        "kv_bytes": cache.block_bytes().saturating_mul(cache.total_blocks as u64),
-        "kv_tokens": cache.capacity_tokens(),
-        "prefix_cache": cache.prefix_cache,
-        "buffer_cache_bytes": config.buffer_cache_bytes,
+        "prefix_cache": config.prefix_cache,
         "weights_mapped_bytes": storage.mapped_bytes,
         "weights_in_place": storage.in_place,
         "weights_copied_bytes": storage.copied_bytes,
         "weights_expanded": options.expand,
     });
-    match value {
-        serde_json::Value::Object(map) => map,
-        _ => Limits::new(),
+    if let serde_json::Value::Object(map) = value {
+        limits.extend(map);
     }
+    limits
 }
 
 type Limits = serde_json::Map<String, serde_json::Value>;

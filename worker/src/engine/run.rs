@@ -262,10 +262,11 @@ impl<'a> Loop<'a> {
             }
         }
         if let Err(error) = self.stepper.copy(&plan.copies) {
-            // Whose copies these were is not known here: all that are about to be computed.
-            let rows: Vec<SeqId> = plan.prefill.iter().map(|chunk| chunk.id).collect();
-            let rows = rows.into_iter().chain(plan.decode.iter().map(|row| row.id));
-            return self.fail(&rows.collect::<Vec<_>>(), &error);
+            // Nobody knows now what lies where.
+            let all: Vec<SeqId> = self.sequences.keys().copied().collect();
+            let failed = self.fail(&all, &error);
+            self.scheduler.clear_cache();
+            return failed;
         }
         for chunk in plan.prefill {
             let Some(sequence) = self.sequences.get_mut(&chunk.id) else {
@@ -338,14 +339,12 @@ impl<'a> Loop<'a> {
     /// Ends the sequences of a step that failed. When MLX cannot even add two numbers any more, the engine is done for.
     fn fail(&mut self, rows: &[SeqId], error: &Exception) -> Result<(), Broken> {
         tracing::error!(error = error.what(), "a step failed");
-        for &id in rows {
-            self.scheduler.cancel(id);
+        // With them go those that share what the step should have written.
+        for id in self.scheduler.fail(rows) {
             if let Some(sequence) = self.sequences.remove(&id) {
                 sequence.fail(EngineError::Step(error.what().to_owned()));
             }
         }
-        // What the step should have written may be cached by now.
-        self.scheduler.clear_cache();
         let one = mlx_rs::Array::from_f32(1.0);
         let probe = one.add(&one).and_then(|sum| sum.eval());
         if let Err(second) = probe {

@@ -2,14 +2,16 @@
 
 use std::time::Duration;
 
-use kv_cache::{BlockId, CacheConfig, SeqId, SlotRun};
+use kv_cache::{BlockId, CacheConfig, SeqId};
 use mlx_rs::error::Exception;
 use scheduler::Scheduler;
 
+use super::memory::{DeviceFacts, DeviceKind, MemoryFacts, MemoryPlan, MemoryWishes, StepShape};
 use super::sampler::Sampler;
 use super::stepper::{DecodeRow, Stepper};
-use super::{Dequantize, EngineConfig, StartError, limits};
+use super::{Dequantize, EngineConfig, StartError, device, limits};
 use crate::backend::{ModelInfo, SamplingParams};
+use crate::model::config::ModelConfig;
 use crate::model::{LoadOptions, LoadProgress, Model};
 
 /// What the engine's loop is made of.
@@ -36,38 +38,82 @@ pub(super) fn start(
         blas = runtime.cpu_blas,
         "MLX"
     );
-    mlx_rs::memory::set_cache_limit(config.buffer_cache_bytes).map_err(warm_up_error)?;
-
-    let options = LoadOptions {
-        mapped: config.mapped,
-        expand: expand(&config, runtime.device)?,
-    };
-    let model = Model::load(&config.model, options, progress)?;
-    let known = model.config().max_positions;
+    let device = device::facts().map_err(warm_up_error)?;
+    let model_config = ModelConfig::read(&config.model.join("config.json"))?;
+    let known = model_config.max_positions;
     let context_length = match config.context_length {
         Some(asked) if asked > known => return Err(StartError::Context { asked, known }),
         Some(asked) => asked,
         None => known,
     };
-    let cache = cache(&config, &model, context_length)?;
-    let positions = i32::try_from(cache.capacity_tokens()).map_err(|_| {
-        StartError::WarmUp(format!(
-            "{} positions of KV are too many",
-            cache.capacity_tokens()
-        ))
-    })?;
-    let info = ModelInfo {
+    let weights = weights(&config, &model_config, &device)?;
+    // Before anything is loaded: what cannot fit is refused in a moment, not after minutes.
+    let wishes = MemoryWishes {
+        utilization: config.memory_utilization,
+        kv_bytes: config.kv_bytes,
+        max_running: config.max_running,
+        max_blocks: config.max_blocks,
+        block_size: config.block_size,
+        buffer_cache_bytes: config.buffer_cache_bytes as u64,
+    };
+    let shape = step_shape(&config, &model_config, &device, context_length);
+    let kv_shape = crate::model::kv_shape(&model_config, weights.element_bytes);
+    let facts = MemoryFacts {
+        device,
+        weight_bytes: weights.bytes,
+        kv_bytes_per_token: kv_shape.bytes_per_token(),
+        step_bytes: shape.estimate(),
+        context_length,
+    };
+    let plan = MemoryPlan::new(&facts, &wishes)?;
+    device::apply(&plan).map_err(warm_up_error)?;
+
+    let options = LoadOptions {
+        mapped: config.mapped,
+        expand: weights.expand,
+    };
+    let model = Model::load(&config.model, options, progress)?;
+    let positions = i32::try_from(plan.kv_tokens())
+        .map_err(|_| StartError::WarmUp(format!("{} positions of KV are too many", plan.kv_tokens())))?;
+    let mut info = ModelInfo {
         architecture: model.config().model_type.clone(),
         context_length,
         vocab_size: usize::try_from(model.config().vocab).unwrap_or_default(),
         weight_bytes: model.weight_bytes(),
         capacity: config.capacity(),
-        kv_capacity_tokens: cache.capacity_tokens(),
-        kv_capacity_bytes: cache.block_bytes().saturating_mul(cache.total_blocks as u64),
-        limits: limits(&config, &cache, context_length, options, model.storage()),
+        kv_capacity_tokens: plan.kv_tokens(),
+        kv_capacity_bytes: plan.kv_bytes,
+        limits: serde_json::Map::new(),
     };
-    let mut stepper = Stepper::new(model, positions, cache.block_size).map_err(warm_up_error)?;
-    warm_up(&mut stepper, &config, cache.total_blocks).map_err(warm_up_error)?;
+    let storage = model.storage();
+    let mut stepper = Stepper::new(model, positions, config.block_size).map_err(warm_up_error)?;
+    let before = mlx_rs::memory::active_memory().map_err(warm_up_error)?;
+    mlx_rs::memory::reset_peak_memory().map_err(warm_up_error)?;
+    warm_up(
+        &mut stepper,
+        &config,
+        plan.kv_tokens().min(context_length),
+        shape.fused_attention,
+    )
+    .map_err(warm_up_error)?;
+    let peak = mlx_rs::memory::peak_memory().map_err(warm_up_error)?;
+    // Attention that writes its scores out is not driven to its longest context here, which could take minutes.
+    let seen = peak.saturating_sub(before) as u64;
+    let plan = if shape.fused_attention {
+        plan.measured(seen)?
+    } else {
+        plan.measured(seen.max(shape.estimate()))?
+    };
+    device::apply(&plan).map_err(warm_up_error)?;
+    tracing::info!("memory: {plan}");
+
+    let mut cache = CacheConfig::for_pool(plan.kv_bytes, facts.kv_bytes_per_token, config.block_size);
+    cache.prefix_cache = config.prefix_cache;
+    // The measured plan may have room for fewer; the slabs' rest is never touched then.
+    cache.total_blocks = plan.kv_blocks;
+    info.kv_capacity_tokens = plan.kv_tokens();
+    info.kv_capacity_bytes = plan.kv_bytes;
+    info.limits = limits(&config, &plan, context_length, options, storage);
     let most_tokens = context_length.min(cache.capacity_tokens());
     let scheduler = Scheduler::new(scheduler::Config {
         cache,
@@ -87,62 +133,98 @@ pub(super) fn start(
     Ok((parts, info))
 }
 
-/// Whether weights are expanded to float32: on a CPU, unless they then take more than an eighth of the memory.
-fn expand(config: &EngineConfig, device: &str) -> Result<bool, StartError> {
-    match config.dequantize {
-        _ if device != "cpu" => Ok(false),
-        Dequantize::Off => Ok(false),
-        Dequantize::On => Ok(true),
-        Dequantize::Auto => {
-            // Two bits a weight are the fewest that MLX packs.
-            let most = crate::model::weights::bytes(&config.model)?.saturating_mul(16);
-            Ok(most <= host_bytes()? / 8)
-        }
-    }
+/// What the weights will take in memory.
+struct WeightPlan {
+    bytes: u64,
+    expand: bool,
+    /// Of an activation, and so of keys and values.
+    element_bytes: usize,
 }
 
-fn host_bytes() -> Result<u64, StartError> {
-    hostmem::host()
-        .map(|host| host.total_bytes)
-        .map_err(|error| StartError::WarmUp(format!("reading the machine's memory: {error}")))
-}
-
-/// How large the KV cache is.
-fn cache(config: &EngineConfig, model: &Model, context_length: usize) -> Result<CacheConfig, StartError> {
-    let bytes_per_token = model.kv_shape().bytes_per_token();
-    let reserved = match config.kv_bytes {
-        Some(bytes) => bytes,
-        None => (host_bytes()? / 16).min(8 << 30),
+/// Whether weights are expanded to float32: on a CPU, where they then take no more than a quarter of what the worker may
+/// use.
+fn weights(
+    config: &EngineConfig,
+    model: &ModelConfig,
+    device: &DeviceFacts,
+) -> Result<WeightPlan, StartError> {
+    let stored = crate::model::weights::bytes(&config.model)?;
+    let half = crate::model::weights::has_half_floats(&config.model)?;
+    let bits = match &model.quantization {
+        Some(quantization) => u64::try_from(quantization.fewest_bits()).unwrap_or(2).max(1),
+        None if half => 16,
+        None => 32,
     };
-    // More than all that can run at once and as much again four times over would never be looked at.
-    let most = (config.max_running.saturating_mul(context_length) as u64)
-        .saturating_mul(bytes_per_token)
-        .saturating_mul(4);
-    let mut cache = CacheConfig::for_pool(reserved.min(most), bytes_per_token, config.block_size);
-    cache.prefix_cache = config.prefix_cache;
-    if let Some(most) = config.max_blocks {
-        cache.total_blocks = cache.total_blocks.min(most);
-    }
-    Ok(cache)
+    let expanded = stored.saturating_mul(32) / bits;
+    #[allow(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss
+    )]
+    let allowed = (device.bytes as f64 * config.memory_utilization) as u64;
+    let expand = device.kind == DeviceKind::Cpu
+        && match config.dequantize {
+            Dequantize::Off => false,
+            Dequantize::On => true,
+            Dequantize::Auto => expanded <= allowed / 4,
+        };
+    Ok(WeightPlan {
+        bytes: if expand { expanded } else { stored },
+        expand,
+        element_bytes: if half && !expand { 2 } else { 4 },
+    })
 }
 
-/// A real prefill and two decodes, greedy and sampled, alone and together: kernels are compiled and weights touched before
-/// anybody waits for it, and a model that cannot run is found before the port is announced.
-fn warm_up(stepper: &mut Stepper, config: &EngineConfig, blocks: usize) -> Result<(), Exception> {
+fn step_shape(
+    config: &EngineConfig,
+    model: &ModelConfig,
+    device: &DeviceFacts,
+    context_length: usize,
+) -> StepShape {
+    let size = |number: i32| usize::try_from(number).unwrap_or_default();
+    let tokens = config.prefill_chunk.min(context_length);
+    let longest = (tokens as u64).saturating_mul(context_length as u64);
+    StepShape {
+        tokens,
+        pairs: config.step_budget.min(longest),
+        rows: config.max_running,
+        hidden: size(model.hidden),
+        feed_forward: match &model.moe {
+            Some(moe) => size(moe.intermediate.saturating_mul(moe.active)).max(size(model.intermediate)),
+            None => size(model.intermediate),
+        },
+        heads: size(model.heads),
+        head_dim: size(model.head_dim),
+        vocabulary: size(model.vocab),
+        element_bytes: 4,
+        fused_attention: device.kind != DeviceKind::Cpu,
+    }
+}
+
+/// A real prefill and decodes, greedy and sampled, at the shapes that matter: the largest chunk over the longest context
+/// that a step may look back on, and as many rows as may run. Kernels are compiled and weights touched before anybody waits
+/// for it, the memory that the largest step needs is seen, and a model that cannot run is found before the port is
+/// announced. `tokens`: positions that a sequence may have.
+fn warm_up(
+    stepper: &mut Stepper,
+    config: &EngineConfig,
+    tokens: usize,
+    fused: bool,
+) -> Result<(), Exception> {
     let block_size = config.block_size;
-    let most = config
-        .prefill_chunk
-        .min(blocks.saturating_mul(block_size) / 2)
-        .saturating_sub(2);
-    let prompt = vec![0_u32; most.clamp(1, 64)];
+    if fused {
+        longest_chunk(stepper, config, tokens)?;
+    }
+    let rows = config.max_running.clamp(1, 8);
+    let room = (tokens / block_size / rows).saturating_mul(block_size);
+    let prompt = vec![0_u32; config.prefill_chunk.min(room.saturating_sub(4)).clamp(1, 64)];
     let each = (prompt.len() + 2).div_ceil(block_size);
-    let params = [0.0, 0.7].map(|temperature| SamplingParams {
-        temperature,
-        top_p: 0.9,
-        ..SamplingParams::greedy()
-    });
-    let mut samplers: Vec<Sampler> = params
-        .into_iter()
+    let mut samplers: Vec<Sampler> = (0..rows)
+        .map(|row| SamplingParams {
+            temperature: if row % 2 == 0 { 0.0 } else { 0.7 },
+            top_p: 0.9,
+            ..SamplingParams::greedy()
+        })
         .map(|params| Sampler::new(params, &prompt, None))
         .collect();
     let block = |index: usize| {
@@ -160,19 +242,7 @@ fn warm_up(stepper: &mut Stepper, config: &EngineConfig, blocks: usize) -> Resul
         .collect::<Result<Vec<_>, _>>()?;
     stepper.begin();
     for ((row, table), sampler) in (0..).zip(&tables).zip(&mut samplers) {
-        let mut left = prompt.len();
-        let runs: Vec<SlotRun> = table
-            .iter()
-            .map_while(|&block| {
-                let len = left.min(block_size);
-                left -= len;
-                (len > 0).then_some(SlotRun {
-                    block,
-                    offset: 0,
-                    len,
-                })
-            })
-            .collect();
+        let runs = super::stepper::runs(table, block_size, 0, prompt.len());
         stepper.prefill(SeqId(row), &prompt, 0, &runs, table, Some((sampler, None)))?;
     }
     for step in 0..2 {
@@ -198,6 +268,28 @@ fn warm_up(stepper: &mut Stepper, config: &EngineConfig, blocks: usize) -> Resul
             read?;
         }
     }
+    stepper.begin();
+    for (_, read) in stepper.read() {
+        read?;
+    }
+    stepper.clear();
+    Ok(())
+}
+
+/// The step that needs most memory: a whole chunk at the end of the longest context that the budget allows for it.
+fn longest_chunk(stepper: &mut Stepper, config: &EngineConfig, tokens: usize) -> Result<(), Exception> {
+    let block_size = config.block_size;
+    let chunk = config.prefill_chunk.min(tokens).max(1);
+    let budget = usize::try_from(config.step_budget / chunk as u64).unwrap_or(usize::MAX);
+    let end = budget.min(tokens).max(chunk);
+    let start = end - chunk;
+    let table = (0..end.div_ceil(block_size))
+        .map(|block| u32::try_from(block).map(BlockId))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|_| Exception::custom("too many blocks"))?;
+    let runs = super::stepper::runs(&table, block_size, start, chunk);
+    stepper.begin();
+    stepper.prefill(SeqId(0), &vec![0; chunk], start, &runs, &table, None)?;
     stepper.begin();
     for (_, read) in stepper.read() {
         read?;

@@ -275,6 +275,21 @@ impl Flight {
     }
 }
 
+/// Where `length` positions from `start` on lie in a block table, in order.
+pub(super) fn runs(table: &[BlockId], block_size: usize, start: usize, length: usize) -> Vec<SlotRun> {
+    let mut runs = Vec::new();
+    let mut at = start;
+    while at < start + length {
+        let offset = at % block_size;
+        let len = (block_size - offset).min(start + length - at);
+        if let Some(&block) = table.get(at / block_size) {
+            runs.push(SlotRun { block, offset, len });
+        }
+        at += len;
+    }
+    runs
+}
+
 /// The slab positions of the first `length` tokens of a sequence with that block table.
 fn spans(table: &[BlockId], block_size: usize, length: usize) -> Result<Vec<Span>> {
     let mut spans = Vec::new();

@@ -99,6 +99,13 @@ impl Quantization {
     pub fn of(&self, path: &str) -> Affine {
         self.overrides.get(path).copied().unwrap_or(self.default)
     }
+
+    /// Bits of the most coarsely quantised layers.
+    #[must_use]
+    pub fn fewest_bits(&self) -> i32 {
+        let overrides = self.overrides.values().map(|affine| affine.bits);
+        overrides.fold(self.default.bits, i32::min)
+    }
 }
 
 impl ModelConfig {

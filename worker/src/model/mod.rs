@@ -22,7 +22,7 @@ pub mod weights;
 
 use std::path::{Path, PathBuf};
 
-use mlx_rs::{Array, Dtype};
+use mlx_rs::Array;
 use thiserror::Error;
 
 use config::ModelConfig;
@@ -72,6 +72,19 @@ pub struct LoadProgress {
     pub done: u64,
     /// Bytes of all weight files.
     pub total: u64,
+}
+
+/// Shape of the keys and values of a model whose activations take so many bytes an element.
+#[must_use]
+pub fn kv_shape(config: &ModelConfig, element_bytes: usize) -> kv_cache::KvShape {
+    let size = |number: i32| usize::try_from(number).unwrap_or_default();
+    kv_cache::KvShape {
+        layers: config.layers,
+        kv_heads: size(config.kv_heads),
+        key_dim: size(config.head_dim),
+        value_dim: size(config.head_dim),
+        bytes_per_element: element_bytes,
+    }
 }
 
 /// How weights are taken into memory.
@@ -147,23 +160,6 @@ impl Model {
             ..
         } = self.config;
         KvSlabs::new(layers, kv_heads, head_dim, positions, self.decoder.dtype())
-    }
-
-    /// Bytes of keys and values for one token, all layers together.
-    #[must_use]
-    pub fn kv_shape(&self) -> kv_cache::KvShape {
-        let size = |number: i32| usize::try_from(number).unwrap_or_default();
-        kv_cache::KvShape {
-            layers: self.config.layers,
-            kv_heads: size(self.config.kv_heads),
-            key_dim: size(self.config.head_dim),
-            value_dim: size(self.config.head_dim),
-            bytes_per_element: if self.decoder.dtype() == Dtype::Float32 {
-                4
-            } else {
-                2
-            },
-        }
     }
 
     /// Runs the decoder over a chunk of one sequence's prompt, `tokens`: `[1, length]`, integers. Returns hidden states

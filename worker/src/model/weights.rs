@@ -211,6 +211,28 @@ pub(crate) fn files(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
     list(folder)
 }
 
+/// Whether a model's activations take two bytes an element: those of its embedding do.
+///
+/// # Errors
+///
+/// No weight file, or one that cannot be read.
+pub(crate) fn has_half_floats(folder: &Path) -> Result<bool, LoadError> {
+    let mut half = false;
+    for path in list(folder)? {
+        let shard = Shard::open(path, false)?;
+        let tensors = shard.metadata.tensors();
+        let dtype = |name: &str| tensors.get(name).map(|tensor| tensor.dtype);
+        if let Some(dtype) = dtype("model.embed_tokens.scales").or_else(|| dtype("model.embed_tokens.weight"))
+        {
+            half = dtype != FileDtype::F32;
+            if dtype != FileDtype::U32 {
+                break;
+            }
+        }
+    }
+    Ok(half)
+}
+
 /// The files that the index names, else every `model*.safetensors`.
 fn list(folder: &Path) -> Result<Vec<PathBuf>, LoadError> {
     let index = folder.join(INDEX);
