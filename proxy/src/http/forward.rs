@@ -436,7 +436,7 @@ async fn work(
 
 /// One request to a ready process, and the head of its reply.
 ///
-/// A process that died since it was last used may not have been reaped yet. Nothing can have reached it then, and the
+/// A process that died since it was last used may not have been reaped yet. Where it has left the request unread, the
 /// request goes to the next one.
 async fn exchange(
     app: &Arc<App>,
@@ -466,7 +466,7 @@ async fn exchange(
         };
         // What the process says about its own end is worth a moment's wait.
         let gone = lease.process.ended(DYING).await;
-        if !tried && gone && matches!(error, upstream::Error::Connect(_)) {
+        if !tried && gone && error.is_unread() {
             tried = true;
             continue;
         }

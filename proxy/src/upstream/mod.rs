@@ -56,6 +56,21 @@ pub enum Error {
     Timeout(Duration),
 }
 
+impl Error {
+    /// Whether the server cannot have acted upon the request, provided that it has died: it was not reached, or left
+    /// (part of) the request unread, which is what a reset says. A connection that waits to be accepted is reset when
+    /// the server dies.
+    #[must_use]
+    pub fn is_unread(&self) -> bool {
+        use std::io::ErrorKind::{BrokenPipe, ConnectionReset};
+        match self {
+            Self::Connect(_) => true,
+            Self::Broken(e) => matches!(e.kind(), ConnectionReset | BrokenPipe),
+            Self::Timeout(_) => false,
+        }
+    }
+}
+
 impl std::fmt::Display for Error {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
