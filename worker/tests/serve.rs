@@ -219,7 +219,10 @@ fn weights_can_be_read_instead_of_mapped() {
 /// What cannot fit is refused before the weights are loaded, and the message can be checked by hand.
 #[test]
 fn a_cache_larger_than_the_machine_is_refused_with_the_arithmetic() {
-    let (code, message) = start_broken(&["--cache-memory-mb", "1048576", "--context-length", "4096"], |_| {});
+    let (code, message) = start_broken(
+        &["--cache-memory-mb", "1048576", "--context-length", "4096"],
+        |_| {},
+    );
     assert_eq!(code, Some(1), "{message}");
     for part in [
         "does not fit into memory",
@@ -242,17 +245,30 @@ fn the_plan_and_the_process_are_shown() {
     let mut worker = Worker::supervised(&demo(), &["--cache-memory-mb", "64"]);
     let (port, ready) = worker.ready();
     let limits = &ready["limits"];
-    let number = |name: &str| limits[name].as_u64().unwrap_or_else(|| panic!("{name}: {limits}"));
+    let number = |name: &str| {
+        limits[name]
+            .as_u64()
+            .unwrap_or_else(|| panic!("{name}: {limits}"))
+    };
     assert_eq!(limits["step_bytes_from"], "measured");
-    assert!(number("kv_bytes") <= 64 << 20 && number("step_bytes") > 0, "{limits}");
-    assert!(number("memory_planned_bytes") <= number("memory_ceiling_bytes"), "{limits}");
+    assert!(
+        number("kv_bytes") <= 64 << 20 && number("step_bytes") > 0,
+        "{limits}"
+    );
+    assert!(
+        number("memory_planned_bytes") <= number("memory_ceiling_bytes"),
+        "{limits}"
+    );
     assert_eq!(ask(port, "/v1/chat/completions", &chat(8)).0, 200);
     let (status, text) = ask(port, "/status", &Value::Null);
     assert_eq!(status, 200, "{text}");
     let (_, json) = text.split_once("\r\n\r\n").unwrap();
     let process = serde_json::from_str::<Value>(json).unwrap()["memory"]["process"].clone();
     assert_eq!(process["planned_bytes"], number("memory_planned_bytes"));
-    assert!(process["drift_bytes"].as_i64().unwrap() < 0, "the demo model stays within its plan: {process}");
+    assert!(
+        process["drift_bytes"].as_i64().unwrap() < 0,
+        "the demo model stays within its plan: {process}"
+    );
     assert_eq!(process["looks_over_plan"], 0);
 }
 

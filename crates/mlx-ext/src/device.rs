@@ -14,10 +14,8 @@ pub struct DeviceMemory {
     /// What the system would have one program use at most. Metal only (`iogpu.wired_limit_mb`, or the system's own
     /// choice).
     pub working_set_bytes: Option<u64>,
-    /// What no process uses, as of the first time that anybody asked. CUDA only.
+    /// What no process uses now. CUDA only.
     pub free_bytes: Option<u64>,
-    /// Most buffers alive at a time. Metal only.
-    pub buffers: Option<u64>,
 }
 
 /// Asks MLX about the default device's memory.
@@ -31,7 +29,6 @@ pub fn device_memory() -> Result<DeviceMemory> {
         total_bytes: info.size(c"memory_size").or_else(|| info.size(c"total_memory")),
         working_set_bytes: info.size(c"max_recommended_working_set_size"),
         free_bytes: info.size(c"free_memory"),
-        buffers: info.size(c"resource_limit"),
     })
 }
 
