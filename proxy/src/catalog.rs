@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use lifecycle::{Abandoned, Config, Fairness, ModelId, Policy};
+use lifecycle::{Abandoned, Config, Fairness, MemoryPolicy, ModelId, Policy};
 use regex::Regex;
 use registry::Registry;
 
@@ -177,6 +177,13 @@ impl Catalog {
                 max_passing_ms: millis(scheduler.max_wait),
                 ..Fairness::default()
             },
+            memory: self.registry.globals.memory.as_ref().map(|m| MemoryPolicy {
+                warning_hold_ms: millis(m.warning_hold),
+                evict_gap_ms: millis(m.evict_gap),
+                recover_ms: millis(m.recover),
+                max_wait_ms: millis(m.max_wait),
+                cut_after_ms: m.cut_after.map(millis),
+            }),
         }
     }
 }

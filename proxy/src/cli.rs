@@ -334,6 +334,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
         }
         tokio::spawn(peers::refresh::keep(house.clone(), reloader.outcomes()));
         tokio::spawn(performance.clone().run());
+        tokio::spawn(crate::pressure::watch(house.clone()));
         let hardware = performance::hardware();
         if let Err(error) = &hardware {
             tracing::warn!(%error, "what this machine is cannot be found out");

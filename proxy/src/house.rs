@@ -10,14 +10,15 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use lifecycle::{
-    CutReason, Effect, Event, Failure, Instance, Kind, Lifecycle, ModelId, ModelStatus, Rejection, RequestId,
-    State, Ticket,
+    CutReason, Effect, Event, Failure, Instance, Kind, Lifecycle, MemoryLevel, MemoryReading, ModelId,
+    ModelStatus, Rejection, RequestId, State, Ticket,
 };
 use parking_lot::Mutex;
 use tokio::sync::{Notify, broadcast, oneshot};
 
 use crate::catalog::Catalog;
 use crate::logs::Logs;
+use crate::pressure;
 use crate::process::{self, Order, Process, Report};
 use crate::upstream::{Closer, SharedPool};
 
@@ -70,6 +71,8 @@ struct Inner {
     /// When the timer fires next.
     armed: Option<u64>,
     empty: bool,
+    /// Unloads for want of memory.
+    evicted: u64,
 }
 
 #[derive(Debug)]
@@ -215,6 +218,7 @@ impl House {
             effects: Vec::new(),
             armed: None,
             empty: false,
+            evicted: 0,
         };
         Arc::new(Self {
             inner: Mutex::new(inner),
@@ -346,6 +350,31 @@ impl House {
         let ttl_ms = time.map(|t| u64::try_from(t.as_millis()).unwrap_or(u64::MAX));
         let mut inner = self.inner.lock();
         self.step(&mut inner, now, Event::KeepAlive(model.clone(), ttl_ms));
+    }
+
+    /// Hands a reading of the host's memory on.
+    pub fn memory(self: &Arc<Self>, reading: MemoryReading) {
+        let now = self.now();
+        let mut inner = self.inner.lock();
+        let (before, _) = inner.core.memory();
+        self.step(&mut inner, now, Event::Memory(reading));
+        let (level, _) = inner.core.memory();
+        if level != before {
+            tracing::warn!(
+                from = pressure::name(before),
+                to = pressure::name(level),
+                "memory: {}",
+                pressure::shown(&reading)
+            );
+        }
+    }
+
+    /// The level of memory that counts, the last reading, and how often a model has been unloaded for want of it.
+    #[must_use]
+    pub fn memory_state(&self) -> (MemoryLevel, MemoryReading, u64) {
+        let inner = self.inner.lock();
+        let (level, reading) = inner.core.memory();
+        (level, reading, inner.evicted)
     }
 
     /// Puts another catalog in force; `changed` are the models whose process must be replaced.
@@ -517,6 +546,10 @@ impl House {
                 if let Some(process) = inner.processes.get(&instance) {
                     process.order(Order::Kill);
                 }
+            }
+            Effect::Evicted(model, reading) => {
+                inner.evicted += 1;
+                tracing::warn!(%model, "unloaded for want of memory: {}", pressure::shown(&reading));
             }
             Effect::Unloaded(ticket) => {
                 if let Some(sender) = inner.unloads.remove(&ticket) {

@@ -21,6 +21,7 @@
 //! | `ollama`    | Ollama's API in OpenAI's terms                                                                  |
 //! | `performance` | how busy the machine is, for an hour                                                         |
 //! | `clock`     | times of day as text                                                                          |
+//! | `pressure`  | readings of the host's memory, for the lifecycle                                               |
 //! | `usage`     | token counts from a reply on its way through                                                   |
 //! | `logline`   | the form of the proxy's own log lines                                                          |
 //! | `logs`      | bounded log rings and their live feed                                                          |
@@ -43,6 +44,7 @@ pub mod ollama;
 mod outlet;
 pub mod peers;
 pub mod performance;
+pub mod pressure;
 pub mod process;
 pub mod reload;
 pub mod residency;

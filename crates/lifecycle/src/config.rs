@@ -89,6 +89,33 @@ impl Default for Fairness {
     }
 }
 
+/// What want of memory leads to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryPolicy {
+    /// How long it must have been at warning before idle models are unloaded.
+    pub warning_hold_ms: Millis,
+    /// Least time between two such unloads.
+    pub evict_gap_ms: Millis,
+    /// How long readings must have been lower before a lower level counts.
+    pub recover_ms: Millis,
+    /// How long a request may wait for a start while memory is critical.
+    pub max_wait_ms: Millis,
+    /// How long it must have been critical before requests in flight are cut; `None`: never.
+    pub cut_after_ms: Option<Millis>,
+}
+
+impl Default for MemoryPolicy {
+    fn default() -> Self {
+        Self {
+            warning_hold_ms: 30_000,
+            evict_gap_ms: 5_000,
+            recover_ms: 10_000,
+            max_wait_ms: 10_000,
+            cut_after_ms: Some(60_000),
+        }
+    }
+}
+
 /// All rules.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -98,6 +125,8 @@ pub struct Config {
     pub residency: Arc<dyn Residency>,
     /// Bounds on waiting and retries.
     pub fairness: Fairness,
+    /// What want of memory leads to; `None`: nothing.
+    pub memory: Option<MemoryPolicy>,
 }
 
 impl Default for Config {
@@ -106,6 +135,7 @@ impl Default for Config {
             models: IndexMap::new(),
             residency: Arc::new(OneAtATime),
             fairness: Fairness::default(),
+            memory: None,
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::config::Config;
+use crate::memory::MemoryReading;
 
 /// Milliseconds of a monotonic clock whose origin is the caller's.
 pub type Millis = u64;
@@ -72,6 +73,8 @@ pub enum Event {
     /// From now until its process ends, a model's idle time is this, whatever its policy says: `Some(0)` ends it as soon
     /// as it is idle, `None` never. Without a ready process nothing happens.
     KeepAlive(ModelId, Option<Millis>),
+    /// The host's memory, read now. Expected at short and regular intervals.
+    Memory(MemoryReading),
     /// A new configuration is in force.
     Reload {
         /// The new rules.
@@ -108,6 +111,15 @@ pub enum Rejection {
     Unloaded,
     /// The model was taken out of the configuration while the request waited.
     Removed,
+    /// Memory is critically short, so that the model cannot be started.
+    Memory {
+        /// What there is.
+        reading: MemoryReading,
+        /// How long the request has waited for it to get better.
+        waited_ms: Millis,
+        /// When it makes sense to try again.
+        retry_ms: Millis,
+    },
     /// The proxy is shutting down.
     ShuttingDown,
 }
@@ -117,6 +129,8 @@ pub enum Rejection {
 pub enum CutReason {
     /// Its model was unloaded and the grace is over.
     Unloaded,
+    /// Its model was unloaded because memory was critically short, and the grace is over.
+    Memory,
     /// The proxy is shutting down and the grace is over.
     ShuttingDown,
 }
@@ -170,6 +184,8 @@ pub enum Effect {
     Reject(RequestId, Rejection),
     /// Abort the request in flight; [`Event::Finished`] for it is not expected any more (and ignored).
     Cut(RequestId, CutReason),
+    /// This model is being unloaded for want of memory; what that means for its process follows.
+    Evicted(ModelId, MemoryReading),
     /// The unload is complete.
     Unloaded(Ticket),
     /// The model has entered this state.

@@ -5,10 +5,11 @@ use std::sync::Arc;
 
 use indexmap::IndexMap;
 
-use crate::config::{Config, Fairness};
+use crate::config::{Config, Fairness, MemoryPolicy};
 use crate::event::{
     CutReason, Effect, Event, Failure, Instance, Kind, Millis, ModelId, Rejection, RequestId, State, Ticket,
 };
+use crate::memory::Memory;
 use crate::model::{Drain, Model, Phase, Waiter};
 use crate::residency::Residency;
 
@@ -59,6 +60,8 @@ pub struct Lifecycle {
     pub(crate) unloads: Vec<PendingUnload>,
     pub(crate) next_instance: u64,
     pub(crate) next_seq: u64,
+    pub(crate) memory: Memory,
+    pub(crate) memory_policy: Option<MemoryPolicy>,
     /// Set once shutting down; true when completion has been reported.
     pub(crate) shutdown: Option<bool>,
 }
@@ -79,6 +82,8 @@ impl Lifecycle {
             unloads: Vec::new(),
             next_instance: 0,
             next_seq: 0,
+            memory: Memory::default(),
+            memory_policy: config.memory,
             shutdown: None,
         }
     }
@@ -93,6 +98,7 @@ impl Lifecycle {
             Event::Exited(model, instance, failure) => self.exited(now, &model, instance, failure, effects),
             Event::Unload { model, ticket } => self.unload(now, model, ticket, effects),
             Event::KeepAlive(model, ttl_ms) => self.keep_alive(&model, ttl_ms),
+            Event::Memory(reading) => self.read_memory(now, reading, effects),
             Event::Reload { config, changed } => self.reload(now, config, &changed, effects),
             Event::Shutdown { grace_ms } => self.shut_down(now, grace_ms, effects),
             Event::Tick => true,
@@ -373,6 +379,7 @@ impl Lifecycle {
         }
         self.residency = config.residency;
         self.fairness = config.fairness;
+        self.set_memory_policy(config.memory);
         for id in changed {
             let seq = self.next_seq;
             let Some(m) = self.models.get_mut(id).filter(|m| !m.removed) else {
@@ -418,7 +425,7 @@ impl Lifecycle {
     }
 
     /// The process must go: at once if it does not serve yet, else after what is in flight.
-    fn send_away(&mut self, now: Millis, id: &ModelId, why: Drain, effects: &mut Vec<Effect>) {
+    pub(crate) fn send_away(&mut self, now: Millis, id: &ModelId, why: Drain, effects: &mut Vec<Effect>) {
         let Some(m) = self.models.get_mut(id) else { return };
         match &mut m.phase {
             Phase::Starting { .. } => self.begin_stop(now, id, effects),
@@ -457,7 +464,7 @@ impl Lifecycle {
         }
     }
 
-    fn reject_waiting(&mut self, id: &ModelId, why: &Rejection, effects: &mut Vec<Effect>) {
+    pub(crate) fn reject_waiting(&mut self, id: &ModelId, why: &Rejection, effects: &mut Vec<Effect>) {
         let Some(m) = self.models.get_mut(id) else { return };
         for waiter in m.queue.drain(..) {
             self.requests.remove(&waiter.id);

@@ -19,7 +19,7 @@ impl Lifecycle {
         times.flatten().filter(|at| *at > now).min()
     }
 
-    fn deadlines_of(&self, m: &Model) -> [Option<Millis>; 4] {
+    fn deadlines_of(&self, m: &Model) -> [Option<Millis>; 5] {
         let (phase, stay) = match m.phase {
             Phase::Stopped => ((m.shown == State::BackOff).then_some(m.retry_at), None),
             Phase::Starting { deadline, .. } => (Some(deadline), None),
@@ -40,7 +40,12 @@ impl Lifecycle {
         let fair = m
             .passing_since
             .map(|t| t.saturating_add(self.fairness.max_passing_ms));
-        [phase, stay, front, fair]
+        let starved = m
+            .queue
+            .front()
+            .filter(|_| !m.occupied())
+            .and_then(|w| self.starved_until(w.since));
+        [phase, stay, front, fair, starved]
     }
 
     pub(crate) fn settle(&mut self, now: Millis, effects: &mut Vec<Effect>) {
@@ -126,6 +131,7 @@ impl Lifecycle {
     }
 
     fn expire_waiters(&mut self, now: Millis, id: &ModelId, effects: &mut Vec<Effect>) {
+        self.expire_starved(now, id, effects);
         let Some(m) = self.models.get_mut(id) else { return };
         while let Some(w) = m.queue.front()
             && w.since.saturating_add(m.policy.max_wait_ms) <= now
@@ -135,6 +141,25 @@ impl Lifecycle {
             m.queue.pop_front();
             if m.queue.is_empty() {
                 m.forget_passing();
+            }
+        }
+    }
+
+    /// Requests that have waited long enough for a start that want of memory forbids.
+    fn expire_starved(&mut self, now: Millis, id: &ModelId, effects: &mut Vec<Effect>) {
+        while let Some(m) = self.models.get(id)
+            && !m.occupied()
+            && let Some(w) = m.queue.front()
+            && self.starved_until(w.since).is_some_and(|until| until <= now)
+        {
+            let (request, why) = (w.id, self.memory_refusal(now.saturating_sub(w.since)));
+            self.requests.remove(&request);
+            effects.push(Effect::Reject(request, why));
+            if let Some(m) = self.models.get_mut(id) {
+                m.queue.pop_front();
+                if m.queue.is_empty() {
+                    m.forget_passing();
+                }
             }
         }
     }
@@ -222,13 +247,14 @@ impl Lifecycle {
         open.then_some((front.seq, instance))
     }
 
-    /// Models that want to start and would evict this one.
+    /// Models that want to start and would evict this one. While nothing may be started there are none.
     fn rivals(&self, now: Millis, id: &ModelId) -> impl Iterator<Item = &Model> {
-        let occupied = self.occupied();
+        let (occupied, starved) = (self.occupied(), self.starved_since().is_some());
         self.models
             .iter()
             .filter(move |(other, m)| {
-                m.wants_start(now)
+                !starved
+                    && m.wants_start(now)
                     && !m.only_restarts()
                     && self.residency.evictions(other, &occupied).contains(&id)
             })
@@ -243,6 +269,10 @@ impl Lifecycle {
     }
 
     fn count_passed(&mut self, now: Millis, id: &ModelId, seq: u64) {
+        // It does not wait for this model's room.
+        if self.starved_since().is_some() {
+            return;
+        }
         let passed: Vec<ModelId> = {
             let occupied = self.occupied();
             let passed = self.models.iter().filter(|(other, m)| {
@@ -273,6 +303,10 @@ impl Lifecycle {
     fn make_room(&mut self, now: Millis, effects: &mut Vec<Effect>) -> bool {
         if self.shutdown.is_some() {
             return false;
+        }
+        if self.starved_since().is_some() {
+            // Nobody can take the room that is being made: whoever drains for it serves on.
+            return self.reopen(&[]);
         }
         let mut wanting: Vec<(bool, bool, i32, u64, ModelId)> = self
             .models

@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use lifecycle::{
-    Abandoned, Config, Effect, Event, Failure, Fairness, Instance, Kind, Lifecycle, ModelId, OneAtATime,
-    Policy, RequestId, Residency, State, Ticket,
+    Abandoned, Config, CutReason, Effect, Event, Failure, Fairness, Instance, Kind, Lifecycle, MemoryLevel,
+    MemoryPolicy, MemoryReading, ModelId, OneAtATime, Policy, Rejection, RequestId, Residency, State, Ticket,
 };
 use proptest::prelude::*;
 
@@ -31,6 +31,7 @@ enum Op {
     Exit(usize),
     Unload(Option<usize>),
     KeepAlive(usize, Option<u64>),
+    Memory(MemoryLevel),
     Reload(Vec<usize>, Vec<usize>),
     Pass(u64),
 }
@@ -47,6 +48,8 @@ fn op() -> impl Strategy<Value = Op> {
         1 => (0..4_usize, prop::option::of(prop_oneof![Just(0), 0..30_000_u64])).prop_map(|(m, t)| Op::KeepAlive(m, t)),
         1 => (prop::collection::vec(0..4_usize, 0..3), prop::collection::vec(0..4_usize, 2..5))
             .prop_map(|(changed, kept)| Op::Reload(changed, kept)),
+        3 => prop_oneof![Just(MemoryLevel::Normal), Just(MemoryLevel::Warning), Just(MemoryLevel::Critical)]
+            .prop_map(Op::Memory),
         6 => prop_oneof![0..50_u64, 0..2_000_u64, 0..40_000_u64].prop_map(Op::Pass),
     ]
 }
@@ -142,15 +145,38 @@ fn residency() -> impl Strategy<Value = Arc<dyn Residency>> {
     prop_oneof![2 => Just(one), 2 => groups, 1 => sets]
 }
 
+fn memory() -> impl Strategy<Value = Option<MemoryPolicy>> {
+    let policy = (
+        0..20_000_u64,
+        0..5_000_u64,
+        1..10_000_u64,
+        0..20_000_u64,
+        prop::option::of(0..40_000_u64),
+    )
+        .prop_map(
+            |(warning_hold_ms, evict_gap_ms, recover_ms, max_wait_ms, cut_after_ms)| MemoryPolicy {
+                warning_hold_ms,
+                evict_gap_ms,
+                recover_ms,
+                max_wait_ms,
+                cut_after_ms,
+            },
+        );
+    prop::option::weighted(0.7, policy)
+}
+
 fn config() -> impl Strategy<Value = Config> {
-    (prop::collection::vec(policy(), 4), residency()).prop_map(|(policies, residency)| Config {
-        models: policies
-            .into_iter()
-            .enumerate()
-            .map(|(i, p)| (id(i), p))
-            .collect(),
-        residency,
-        fairness: Fairness::default(),
+    (prop::collection::vec(policy(), 4), residency(), memory()).prop_map(|(policies, residency, memory)| {
+        Config {
+            memory,
+            models: policies
+                .into_iter()
+                .enumerate()
+                .map(|(i, p)| (id(i), p))
+                .collect(),
+            residency,
+            fairness: Fairness::default(),
+        }
     })
 }
 
@@ -177,6 +203,14 @@ struct World {
     passed: BTreeMap<RequestId, u32>,
     /// Since the last reload the rules of eviction have been the same.
     reloaded: bool,
+    /// The last reading. Since when memory has been at warning or worse, and critical; and since when readings say less.
+    level: MemoryLevel,
+    warned: (Option<u64>, Option<u64>),
+    critical: (Option<u64>, Option<u64>),
+    /// Memory has been critical: who waits then waits for memory, not for its turn.
+    starved: bool,
+    /// Cuts for want of memory that have been announced.
+    sent_away: BTreeSet<ModelId>,
 }
 
 impl World {
@@ -193,6 +227,11 @@ impl World {
             over: false,
             passed: BTreeMap::new(),
             reloaded: false,
+            level: MemoryLevel::Normal,
+            warned: (None, None),
+            critical: (None, None),
+            starved: false,
+            sent_away: BTreeSet::new(),
         }
     }
 
@@ -225,6 +264,8 @@ impl World {
     fn apply(&mut self, effect: Effect) {
         match effect {
             Effect::Start(model, instance) => {
+                let critical = self.config.memory.is_some() && self.level == MemoryLevel::Critical;
+                assert!(!critical, "{model} started without memory");
                 let living: Vec<&ModelId> = self.processes.values().map(|(m, _, _)| m).collect();
                 assert!(!living.contains(&&model), "second process of {model}");
                 let evict = self.config.residency.evictions(&model, &living);
@@ -291,13 +332,37 @@ impl World {
                     .expect("answer to a waiting request");
                 assert!(self.processes.values().any(|(m, ready, _)| *m == model && *ready));
             }
-            Effect::Reject(request, _) => {
+            Effect::Evicted(model, reading) => {
+                let policy = self.config.memory.expect("a policy");
+                assert_eq!(reading.level, self.level);
+                let held = |since: Option<u64>, ms: u64| since.is_some_and(|t| self.now - t >= ms);
+                let busy = self.running.values().any(|(m, _)| *m == model)
+                    || self.waiting.values().any(|(m, _)| *m == model);
+                if busy || self.processes.values().any(|(m, ready, _)| *m == model && !ready) {
+                    let limit = policy.cut_after_ms.expect("cuts are allowed");
+                    assert!(held(self.critical.0, limit), "{model} has requests");
+                    self.sent_away.insert(model);
+                } else if self.level < MemoryLevel::Critical {
+                    assert!(
+                        held(self.warned.0, policy.warning_hold_ms),
+                        "{model} unloaded too soon"
+                    );
+                }
+            }
+            Effect::Reject(request, why) => {
+                if matches!(why, Rejection::Memory { .. }) {
+                    assert!(self.starved, "refused for want of memory that was never critical");
+                }
                 self.waiting
                     .remove(&request)
                     .expect("refusal of a waiting request");
                 self.passed.remove(&request);
             }
-            Effect::Cut(request, _) => {
+            Effect::Cut(request, why) => {
+                let model = self.running.get(&request).map(|(m, _)| m.clone());
+                if why == CutReason::Memory {
+                    assert!(model.is_some_and(|m| self.sent_away.contains(&m)));
+                }
                 self.running.remove(&request).expect("cut of a running request");
             }
             Effect::Unloaded(Ticket(t)) => assert!(self.tickets.remove(&t), "unload reported twice"),
@@ -314,6 +379,31 @@ impl World {
                 self.over = true;
             }
         }
+    }
+
+    fn read_memory(&mut self, level: MemoryLevel) {
+        let now = self.now;
+        self.level = level;
+        // A level ends when readings have been lower for a while, not with the first one.
+        let recover = self.config.memory.map_or(0, |m| m.recover_ms);
+        let episode = |(since, lower): (Option<u64>, Option<u64>), least: MemoryLevel| {
+            if level >= least {
+                return (since.or(Some(now)), None);
+            }
+            let lower = lower.unwrap_or(now);
+            if now - lower >= recover {
+                (None, None)
+            } else {
+                (since, Some(lower))
+            }
+        };
+        self.warned = episode(self.warned, MemoryLevel::Warning);
+        self.critical = episode(self.critical, MemoryLevel::Critical);
+        self.starved |= level == MemoryLevel::Critical;
+        self.step(Event::Memory(MemoryReading {
+            level,
+            ..MemoryReading::default()
+        }));
     }
 
     /// A model that is to go as soon as it is idle is not ready and idle.
@@ -435,6 +525,7 @@ impl World {
                     self.assert_gone_when_idle(&id(m));
                 }
             }
+            Op::Memory(level) => self.read_memory(level),
             Op::Reload(changed, kept) => {
                 let mut config = self.config.clone();
                 config.models = kept.iter().map(|i| (id(*i), Policy::default())).collect();
@@ -465,7 +556,7 @@ impl World {
             }
             Op::Pass(ms) => self.pass(ms),
         }
-        if !self.reloaded {
+        if !self.reloaded && !self.starved {
             // Each load serves at least one; beyond that the bound holds.
             let bound = self.config.fairness.max_passed + NAMES.len() as u32;
             assert!(
@@ -478,6 +569,9 @@ impl World {
 
     /// Everyone does their part: processes get ready and end when asked, requests end. All must be answered.
     fn quiesce(&mut self) {
+        self.read_memory(MemoryLevel::Normal);
+        self.pass(self.config.memory.map_or(0, |m| m.recover_ms));
+        self.read_memory(MemoryLevel::Normal);
         for _ in 0..2_000 {
             let asked: Vec<_> = self
                 .processes

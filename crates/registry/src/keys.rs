@@ -190,6 +190,7 @@ pub(crate) static ROOT: Object = Object {
             "",
             "Measurements of the machine.",
         ),
+        key("memory", Ty::Object(&MEMORY), "", "What want of memory leads to."),
         key(
             "ollama",
             Ty::Object(&OLLAMA),
@@ -472,6 +473,60 @@ static PERFORMANCE: Object = Object {
             Ty::Duration,
             "5s",
             "Time between measurements, at least 5s.",
+        ),
+    ],
+};
+
+static MEMORY: Object = Object {
+    name: "memory",
+    keys: &[
+        key("disabled", Ty::Bool, "false", "Do nothing about it."),
+        key(
+            "every",
+            Ty::Duration,
+            "2s",
+            "Time between two readings, at least 100ms. A kernel tells of a new level within seconds; one reading costs some \
+             tens of microseconds.",
+        ),
+        key(
+            "warningHold",
+            Ty::Duration,
+            "30s",
+            "How long the system must have been short of memory before idle models are unloaded, the least recently used \
+             first: long enough for a passing need, short enough to be ahead of compression and swap.",
+        ),
+        key(
+            "evictGap",
+            Ty::Duration,
+            "5s",
+            "Least time between two of these unloads, so that the effect of one shows before the next.",
+        ),
+        key(
+            "recover",
+            Ty::Duration,
+            "10s",
+            "How long readings must have been better before a better level counts: macOS smooths them over 5 s.",
+        ),
+        key(
+            "maxWait",
+            Ty::Duration,
+            "10s",
+            "While memory is critically short nothing is started. A request that needs a start waits so long, then it is \
+             answered 503 with the numbers.",
+        ),
+        key(
+            "cutAfter",
+            Ty::Duration,
+            "60s",
+            "Memory critical for so long with no idle model left: a model with requests in flight is unloaded, after its \
+             `unloadTimeout`. 0: never.",
+        ),
+        key(
+            "readings",
+            Ty::Str,
+            "",
+            "File to read instead of asking the system, for trying these rules out: JSON with `level` (normal, warning, \
+             critical) and, if wanted, `available_bytes`, `total_bytes`, `swap_used_bytes`.",
         ),
     ],
 };

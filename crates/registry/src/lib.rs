@@ -49,6 +49,6 @@ pub use matrix::Matrix;
 pub use routing::Target;
 pub use schema::schema;
 pub use types::{
-    ApiKey, Capabilities, CommandLaunch, Filters, Globals, Group, Json, Launch, LogLevel, LogTo, Model, Peer,
-    Profile, Registry, Routing, Scheduler, Selector, Strategy, Timeouts, WorkerLaunch,
+    ApiKey, Capabilities, CommandLaunch, Filters, Globals, Group, Json, Launch, LogLevel, LogTo, MemoryRules,
+    Model, Peer, Profile, Registry, Routing, Scheduler, Selector, Strategy, Timeouts, WorkerLaunch,
 };

@@ -85,6 +85,11 @@ impl Registry {
             "captureBuffer": g.capture_buffer_mb,
             "store": g.store_path,
             "sessionIdHeaders": g.session_id_headers,
+            "memory": g.memory.as_ref().map(|m| json!({
+                "every": seconds(m.every), "warningHold": seconds(m.warning_hold), "evictGap": seconds(m.evict_gap),
+                "recover": seconds(m.recover), "maxWait": seconds(m.max_wait), "cutAfter": m.cut_after.map(seconds),
+                "readings": m.readings,
+            })),
             "ollama": {"listen": g.ollama_listen},
             "performance": {"disabled": g.performance_disabled, "every": seconds(g.performance_every)},
         })

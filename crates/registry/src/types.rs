@@ -241,6 +241,8 @@ pub struct Globals {
     pub performance_disabled: bool,
     /// Time between two of them.
     pub performance_every: Duration,
+    /// What want of memory leads to; `None`: nothing.
+    pub memory: Option<MemoryRules>,
     /// Address of the port that serves Ollama's API alone, on loopback.
     pub ollama_listen: Option<SocketAddr>,
     /// First port for `${PORT}`.
@@ -257,6 +259,25 @@ pub struct Globals {
     pub preload: Vec<String>,
     /// How waiting requests are served.
     pub scheduler: Scheduler,
+}
+
+/// What want of memory leads to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MemoryRules {
+    /// Time between two readings.
+    pub every: Duration,
+    /// Idle models are unloaded after a warning has lasted so long.
+    pub warning_hold: Duration,
+    /// Least time between two of these unloads.
+    pub evict_gap: Duration,
+    /// Readings must have been better for so long before a better level counts.
+    pub recover: Duration,
+    /// A request for a model that cannot be started while memory is critical waits so long.
+    pub max_wait: Duration,
+    /// Requests in flight are cut after memory has been critical for so long; `None`: never.
+    pub cut_after: Option<Duration>,
+    /// File to read instead of asking the system.
+    pub readings: Option<PathBuf>,
 }
 
 /// How waiting requests are served.

@@ -319,6 +319,10 @@ impl UpstreamBody {
                 "unloaded",
                 format!("model '{model}' was unloaded and the grace is over"),
             ),
+            Some(Ordered::Cut(CutReason::Memory)) => (
+                "memory_critical",
+                format!("model '{model}' was unloaded because memory is critically short"),
+            ),
             Some(Ordered::Cut(CutReason::ShuttingDown)) => {
                 ("shutting_down", "the proxy is shutting down".to_owned())
             }

@@ -7,6 +7,7 @@ use lifecycle::{CutReason, Failure, ModelId, Rejection};
 
 use super::body::Body;
 use crate::catalog::Catalog;
+use crate::pressure;
 use crate::upstream;
 
 /// An error as a reply.
@@ -86,6 +87,19 @@ pub fn rejected(model: &ModelId, reason: &Rejection) -> ApiError {
             "unloaded",
             format!("model '{model}' was unloaded while the request waited for it"),
             Some(1),
+        ),
+        Rejection::Memory {
+            reading,
+            waited_ms,
+            retry_ms,
+        } => ApiError::unavailable(
+            "memory_critical",
+            format!(
+                "model '{model}' is not started while memory is critically short ({}); waited {} s",
+                pressure::shown(reading),
+                waited_ms / 1000
+            ),
+            Some(retry_ms.div_ceil(1000).max(1)),
         ),
         Rejection::ShuttingDown => ApiError::unavailable("shutting_down", "the proxy is shutting down", None),
     }
@@ -177,6 +191,11 @@ pub fn cut(model: &ModelId, reason: CutReason) -> ApiError {
             "unloaded",
             format!("model '{model}' was unloaded and the grace for running requests is over"),
             Some(1),
+        ),
+        CutReason::Memory => ApiError::unavailable(
+            "memory_critical",
+            format!("model '{model}' was unloaded because memory is critically short"),
+            Some(10),
         ),
         CutReason::ShuttingDown => ApiError::unavailable("shutting_down", "the proxy is shutting down", None),
     }

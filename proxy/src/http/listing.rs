@@ -8,6 +8,7 @@ use super::App;
 use super::auth::Access;
 use crate::catalog::Catalog;
 use crate::peers::Far;
+use crate::pressure;
 
 /// `GET /v1/models`: what this client may use.
 #[must_use]
@@ -258,7 +259,10 @@ pub fn running(app: &App) -> Value {
         rows.push(Value::Object(row));
     }
     let registry = app.reloader.outcome();
-    json!({"running": rows, "registry": {"in_force": registry.errors.is_empty(), "errors": registry.errors}})
+    let (level, reading, evicted) = app.house.memory_state();
+    let memory = json!({"level": pressure::name(level), "available_bytes": reading.available_bytes,
+        "total_bytes": reading.total_bytes, "swap_used_bytes": reading.swap_used_bytes, "evictions": evicted});
+    json!({"running": rows, "memory": memory, "registry": {"in_force": registry.errors.is_empty(), "errors": registry.errors}})
 }
 
 fn command_of(catalog: &Catalog, id: &str) -> (String, Option<String>) {

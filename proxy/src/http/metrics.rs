@@ -66,6 +66,13 @@ impl Page {
 pub fn answer(app: &App) -> Response<Body> {
     let mut page = Page::default();
     requests(app, &mut page);
+    let (_, _, evicted) = app.house.memory_state();
+    page.family(
+        "swapd_memory_evictions_total",
+        "counter",
+        "Models unloaded for want of memory.",
+    );
+    page.sample("swapd_memory_evictions_total", &[], evicted);
     models(app, &mut page);
     peers(app, &mut page);
     host(app, &mut page);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::read::{flag, int, number, seconds, strings, text, texts};
 use crate::diagnostic::{Code, Findings, Pos};
 use crate::duration;
-use crate::types::{ApiKey, Globals, LogLevel, LogTo, Scheduler};
+use crate::types::{ApiKey, Globals, LogLevel, LogTo, MemoryRules, Scheduler};
 use crate::yaml::{Data, Node};
 
 const TIME_FORMATS: [&str; 14] = [
@@ -63,6 +63,7 @@ pub(super) fn globals(root: &Node, bases: &[PathBuf], findings: &mut Findings) -
         session_id_headers: session_id_headers(section("ui")),
         performance_disabled: flag(performance, "disabled").unwrap_or(false),
         performance_every: performance_every(performance, findings),
+        memory: memory(section("memory"), bases, findings),
         ollama_listen: ollama_listen(section("ollama"), findings),
         start_port: number(root, "startPort").unwrap_or(5800),
         send_loading_state: flag(root, "sendLoadingState").unwrap_or(false),
@@ -158,6 +159,35 @@ fn performance_every(performance: &Node, findings: &mut Findings) -> Duration {
         findings.error(Code::Value, node.at, "performance.every", message);
     }
     every.max(LEAST)
+}
+
+fn memory(memory: &Node, bases: &[PathBuf], findings: &mut Findings) -> Option<MemoryRules> {
+    const LEAST: Duration = Duration::from_millis(100);
+    let time = |key: &str, default: u64| {
+        let written = memory.get(key).and_then(Node::text);
+        written
+            .and_then(|t| duration::parse(&t))
+            .unwrap_or(Duration::from_secs(default))
+    };
+    let every = time("every", 2);
+    if every < LEAST {
+        let at = memory.get("every").map(|n| n.at).unwrap_or_default();
+        findings.error(Code::Value, at, "memory.every", "must be at least 100ms");
+    }
+    let readings = memory.get("readings").and_then(|node| {
+        let path = node.text().filter(|p| !p.trim().is_empty())?;
+        let base = bases.get(node.at.file).cloned().unwrap_or_default();
+        Some(base.join(super::model::expand_home(path.trim())))
+    });
+    (!flag(memory, "disabled").unwrap_or(false)).then(|| MemoryRules {
+        every: every.max(LEAST),
+        warning_hold: time("warningHold", 30),
+        evict_gap: time("evictGap", 5),
+        recover: time("recover", 10),
+        max_wait: time("maxWait", 10),
+        cut_after: Some(time("cutAfter", 60)).filter(|t| !t.is_zero()),
+        readings,
+    })
 }
 
 fn ollama_listen(ollama: &Node, findings: &mut Findings) -> Option<SocketAddr> {
