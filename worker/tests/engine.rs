@@ -165,3 +165,70 @@ async fn stopping_tells_everybody() {
     assert_eq!(engine.submit(request(1, None)).unwrap_err(), SubmitError::Stopped);
     assert_eq!((engine.stats().running, engine.stats().waiting), (0, 0));
 }
+
+fn tokens(events: &[GenerationEvent]) -> Vec<u32> {
+    let token = |event: &GenerationEvent| match event {
+        GenerationEvent::Token { id, .. } => Some(*id),
+        _ => None,
+    };
+    events.iter().filter_map(token).collect()
+}
+
+/// A pool of a few blocks, full of cached prefixes: blocks are shared, evicted, copied and moved. Nobody must be able to
+/// tell.
+#[tokio::test]
+async fn replies_in_a_crowded_cache_are_those_given_alone() {
+    let folder = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied");
+    let alone = EngineConfig {
+        max_running: 1,
+        max_waiting: 100,
+        prefix_cache: false,
+        ..EngineConfig::new(folder())
+    };
+    let crowded = EngineConfig {
+        max_running: 4,
+        max_waiting: 100,
+        prefill_chunk: 16,
+        block_size: 4,
+        max_blocks: Some(60),
+        ..EngineConfig::new(folder())
+    };
+    // Some begin alike, some are asked again, and every third one goes on from the one before.
+    let mut prompts: Vec<Vec<u32>> = Vec::new();
+    for n in 0_u32..36 {
+        let own: Vec<u32> = (0..6 + n * 7 % 31)
+            .map(|at| (n * 13 + at * at + 3 * at) % VOCAB as u32)
+            .collect();
+        prompts.push(match n % 6 {
+            2 => [prompts[n as usize - 1].clone(), own].concat(),
+            3 => (1..20).chain(own).collect(),
+            4 => prompts[n as usize - 3].clone(),
+            _ => own,
+        });
+    }
+    let requests = || {
+        prompts.iter().zip(0_usize..).map(|(prompt, n)| GenerateRequest {
+            prompt: prompt.clone(),
+            max_tokens: 5 + n * 11 % 60,
+            ..request(1, None)
+        })
+    };
+    let (mut replies, mut cached) = (Vec::new(), Vec::new());
+    for config in [alone, crowded] {
+        let engine = Engine::start(config, |_| {}).await.unwrap();
+        let generations: Vec<Generation> = requests()
+            .map(|request| engine.submit(request).unwrap())
+            .collect();
+        let mut all_of_it = Vec::new();
+        for generation in generations {
+            all_of_it.push(tokens(&all(generation).await));
+        }
+        replies.push(all_of_it);
+        cached.push(engine.stats().cached_tokens);
+    }
+    assert!(cached[0] == 0 && cached[1] > 100, "{cached:?}");
+    for (n, (alone, crowded)) in replies[0].iter().zip(&replies[1]).enumerate() {
+        assert_eq!(alone.len(), 5 + n * 11 % 60);
+        assert_eq!(alone, crowded, "request {n}");
+    }
+}

@@ -3,7 +3,7 @@
 //! The device is never waited for between a step and the next: step n+1 is built from step n's tokens while these are
 //! still on the device, and only then step n is read.
 
-use kv_cache::{BlockId, CopyBlock, SeqId, SlotRun};
+use kv_cache::{BlockId, CopyBlock, SeqId, SlotRun, copy_runs};
 use mlx_ext::ops::slice;
 use mlx_rs::error::{Exception, Result};
 use mlx_rs::transforms::{async_eval, eval};
@@ -17,6 +17,9 @@ use crate::model::kv::{Chunk, KvSlabs, Move, Row, Rows, Span};
 /// Gathering the rows of a step together pays while it reads at most so many positions; a row's own operations cost
 /// more than that.
 const MOST_PADDED: i32 = 8192;
+
+/// Positions of a copy to move at once: what is read has memory of its own before it is written.
+const COPIED_AT_ONCE: usize = 1024;
 
 /// The model, its keys and values, and the steps in flight.
 #[derive(Debug)]
@@ -89,16 +92,18 @@ impl Stepper {
     }
 
     pub(super) fn copy(&self, copies: &[CopyBlock]) -> Result<()> {
-        let moves = copies
-            .iter()
-            .map(|copy| {
-                Ok(Move {
-                    from: self.flat(copy.from, 0)?,
-                    to: self.flat(copy.to, 0)?,
-                    length: int(copy.tokens)?,
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
+        let piece = (COPIED_AT_ONCE / self.block_size).max(1);
+        let mut moves = Vec::new();
+        for (from, to, blocks) in copy_runs(copies) {
+            for done in (0..blocks).step_by(piece) {
+                let offset = done * self.block_size;
+                moves.push(Move {
+                    from: self.flat(from, offset)?,
+                    to: self.flat(to, offset)?,
+                    length: int(piece.min(blocks - done) * self.block_size)?,
+                });
+            }
+        }
         self.kv.copy(&moves)
     }
 
