@@ -33,8 +33,8 @@ pub(super) struct Stepper {
     /// Draws to read: the step before that.
     landed: Vec<Flight>,
     /// Keys and values of chunks that end in no draw, from this step and from the one before.
-    chunks: Vec<Array>,
-    chunks_before: Vec<Array>,
+    chunks: Vec<(SeqId, Vec<Array>)>,
+    chunks_before: Vec<(SeqId, Vec<Array>)>,
     /// Parameters of the rows that were stepped together last.
     parameters: Option<(Vec<SeqId>, Parameters)>,
 }
@@ -128,7 +128,7 @@ impl Stepper {
         let (hidden, written) = self.model.prefill(&tokens, &chunk, &self.kv)?;
         let Some((sampler, history)) = draw else {
             async_eval(&written)?;
-            self.chunks.extend(written);
+            self.chunks.push((id, written));
             return Ok(());
         };
         let mut history = history.unwrap_or_else(|| sampler.history(self.vocab));
@@ -226,9 +226,10 @@ impl Stepper {
             })
             .collect();
         // Nobody reads these; waiting for them bounds what is in flight.
-        let chunks = std::mem::take(&mut self.chunks_before);
-        if let Err(error) = eval(&chunks) {
-            all.push((Vec::new(), Err(error)));
+        for (id, chunk) in std::mem::take(&mut self.chunks_before) {
+            if let Err(error) = eval(&chunk) {
+                all.push((vec![id], Err(error)));
+            }
         }
         all
     }
