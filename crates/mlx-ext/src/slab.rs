@@ -63,7 +63,20 @@ impl Slab {
     ///
     /// Bounds or a shape that do not fit.
     pub fn write(&self, update: &Array, start: &[i32], stop: &[i32]) -> Result<Array> {
+        let shape = self.array.shape();
+        if stop == shape && start.iter().all(|&first| first == 0) {
+            return self.write_all(update);
+        }
         slice_update(&self.alias()?, update, start, stop)
+    }
+
+    /// MLX takes a slice that covers everything for the update itself, and writes nothing; as rows it is written.
+    fn write_all(&self, update: &Array) -> Result<Array> {
+        let shape = self.array.shape();
+        let rows: Vec<i32> = (0..shape.first().copied().unwrap_or(1)).collect();
+        let count = i32::try_from(rows.len()).unwrap_or(i32::MAX);
+        let indices = Array::from_slice(&rows, &[count]);
+        self.write_rows(&indices, &ops::broadcast_to(update, shape)?.expand_dims(1)?, 0)
     }
 
     /// Replaces rows along `axis`, as [`scatter_rows`] does. Returns the slab as it is then.
@@ -111,6 +124,25 @@ mod tests {
             slab.array().to_vec_cast::<f32>().unwrap(),
             [0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 2.0, 2.0]
         );
+    }
+
+    #[test]
+    fn a_write_of_everything_goes_into_the_slab_too() {
+        for shape in [vec![2, 3], vec![1], vec![1, 1, 1], vec![2, 1, 3]] {
+            let slab = Slab::new(&shape, Dtype::Float32).unwrap();
+            let ones = ops::ones_dtype(&shape, Dtype::Float32).unwrap();
+            let written = slab.write(&ones, &vec![0; shape.len()], &shape).unwrap();
+            assert_eq!(written.shape(), shape);
+            written.eval().unwrap();
+            assert!(
+                slab.array()
+                    .to_vec_cast::<f32>()
+                    .unwrap()
+                    .iter()
+                    .all(|&x| x == 1.0),
+                "{shape:?}"
+            );
+        }
     }
 
     #[test]
