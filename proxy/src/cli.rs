@@ -346,6 +346,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
             performance,
             hardware: hardware.ok(),
             profile: Mutex::new(None),
+            profile_feed: tokio::sync::watch::Sender::new(None),
             max_body: MAX_BODY,
             started_unix: now,
             via: format!("swapd-{:016x}", RandomState::new().hash_one(std::process::id())),

@@ -116,7 +116,7 @@ pub(super) async fn answer(
             )),
         },
         Route::Performance => performance(app, request.uri().query()),
-        Route::Inference | Route::Upstream | Route::Ollama(_) => {
+        Route::Inference | Route::Upstream | Route::ComfyUi | Route::Ollama(_) => {
             Err(ApiError::internal("not a control route"))
         }
     }
@@ -204,6 +204,7 @@ fn switch_profile(app: &App, catalog: &Catalog, body: &[u8]) -> Result<Response<
         return Err(ApiError::not_found(format!("there is no profile '{name}'")));
     }
     tracing::info!(profile = ?name, "switched");
+    app.profile_feed.send_replace(name.clone());
     *app.profile.lock() = name;
     Ok(json_reply(&profiles(app, catalog)))
 }

@@ -73,9 +73,16 @@ fn registry(app: &App) -> Bytes {
     )
 }
 
+fn profile(active: Option<&str>) -> Bytes {
+    event("profileChanged", &json!({ "active": active }))
+}
+
 fn change(change: &Change) -> Bytes {
     match change {
-        Change::Began(r) => event("inflight", &json!({"operation": "upsert", "entry": r.to_json()})),
+        Change::Began(r) => event(
+            "inflight",
+            &json!({"operation": "upsert", "request": r.to_json()}),
+        ),
         Change::Ended(id) => event("inflight", &json!({"operation": "remove", "id": id})),
         Change::Finished(id) => event("activity", &json!({"id": id})),
     }
@@ -90,6 +97,8 @@ pub fn stream(app: &Arc<App>) -> Response<Body> {
         let mut changes = app.activity.changes();
         let mut states = app.house.states();
         let mut outcomes = app.reloader.outcomes();
+        let mut profiles = app.profile_feed.subscribe();
+        let active = profiles.borrow_and_update().clone();
         let (proxy, _) = app.house.logs.subscribe(|s| *s == Source::Proxy);
         let (upstream, mut lines) = app.house.logs.subscribe(|s| *s != Source::Proxy);
         let running: Vec<Value> = app.activity.running().iter().map(|r| r.to_json()).collect();
@@ -99,8 +108,9 @@ pub fn stream(app: &Arc<App>) -> Response<Body> {
             log("upstream", &upstream),
             models(&app),
             event("uiConfig", &json!({"activity": {"session_id": headers}})),
+            profile(active.as_deref()),
             registry(&app),
-            event("inflight", &json!({"operation": "snapshot", "entries": running})),
+            event("inflight", &json!({"operation": "snapshot", "requests": running})),
         ];
         for piece in first {
             if sender.send(piece).await.is_err() {
@@ -123,9 +133,16 @@ pub fn stream(app: &Arc<App>) -> Response<Body> {
                     Ok(next) => change(&next),
                     Err(RecvError::Lagged(_)) => {
                         let running: Vec<Value> = app.activity.running().iter().map(|r| r.to_json()).collect();
-                        event("inflight", &json!({"operation": "snapshot", "entries": running}))
+                        event("inflight", &json!({"operation": "snapshot", "requests": running}))
                     }
                     Err(RecvError::Closed) => return,
+                },
+                next = profiles.changed() => match next {
+                    Ok(()) => {
+                        let active = profiles.borrow_and_update().clone();
+                        profile(active.as_deref())
+                    }
+                    Err(_) => return,
                 },
                 next = outcomes.changed() => match next {
                     Ok(()) => registry(&app),

@@ -4,6 +4,7 @@ pub mod access;
 pub mod activity;
 pub mod auth;
 pub mod body;
+mod comfyui;
 pub mod control;
 pub mod error;
 pub mod events;
@@ -51,6 +52,8 @@ pub struct App {
     pub hardware: Option<serde_json::Value>,
     /// Name of the profile that is switched on.
     pub profile: Mutex<Option<String>>,
+    /// Tells of every switch.
+    pub profile_feed: tokio::sync::watch::Sender<Option<String>>,
     /// Largest request body, in bytes.
     pub max_body: usize,
     /// Unix time of the start, seconds: `created` of the models.
@@ -174,6 +177,7 @@ async fn dispatch(
     match route {
         Route::Inference => forward::by_name(app, &catalog, &access, client, request).await,
         Route::Upstream => forward::by_path(app, &catalog, &access, client, request).await,
+        Route::ComfyUi => comfyui::answer(app, &catalog, &access, client, request).await,
         Route::Ollama(call) => ollama::answer(app, &catalog, &access, client, call, request).await,
         route => control::answer(app, &catalog, &access, route, request).await,
     }

@@ -12,6 +12,8 @@ pub enum Route {
     Inference,
     /// Forwarded to the model that the path names.
     Upstream,
+    /// Forwarded to the one model that `/comfyui` stands for.
+    ComfyUi,
     /// A sign of life for people.
     Home,
     /// All models.
@@ -162,6 +164,9 @@ pub fn find(method: &Method, path: &str) -> Result<Route, NoRoute> {
         _ => {}
     }
     let rest = |prefix: &str| path.strip_prefix(prefix).filter(|rest| !rest.is_empty());
+    if path == "/comfyui" || path.starts_with("/comfyui/") {
+        return Ok(Route::ComfyUi);
+    }
     if rest("/upstream/").is_some() {
         return Ok(Route::Upstream);
     }

@@ -1,0 +1,177 @@
+//! Lines of llama-swap's contract about HTTP that no other test has: special routes, paths that are cut, events.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::disallowed_methods
+)]
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Swapd, eventually};
+use serde_json::{Value, json};
+
+const ONE: &str = "models: {m: {worker: {model: DIR}, env: [JOURNAL]}}";
+
+#[test]
+fn prefixes_that_the_model_does_not_see() {
+    let swapd = Swapd::start(ONE);
+    for (asked, seen) in [
+        ("/v/chat/completions", "/chat/completions"),
+        ("/v/messages/count_tokens", "/messages/count_tokens"),
+        ("/audioapi/v1/tasks/run", "/v1/tasks/run"),
+        ("/sdapi/v1/txt2img", "/sdapi/v1/txt2img"),
+        ("/infill", "/infill"),
+        ("/reranking", "/reranking"),
+        ("/v1/rerank", "/v1/rerank"),
+    ] {
+        let answer = swapd.post(asked, r#"{"model":"m","echo":true}"#).json();
+        assert_eq!(answer["path"], seen, "{asked}");
+    }
+    for get in [
+        "/v1/audio/voices?model=m",
+        "/sdapi/v1/loras?model=m",
+        "/props?model=m&x=1",
+    ] {
+        assert_eq!(swapd.get(get).body, get);
+    }
+    assert_eq!(swapd.get("/props").status, 400);
+}
+
+#[test]
+fn comfyui_is_one_model_and_only_its_page_starts_it() {
+    let none = Swapd::start(ONE);
+    assert_eq!(none.get("/comfyui/").status, 404);
+    let swapd = Swapd::start("models: {comfyui_auto: {worker: {model: DIR}, env: [JOURNAL]}}");
+    let moved = swapd.get("/comfyui?x=1");
+    assert_eq!(
+        (moved.status, moved.header("location")),
+        (308, Some("/comfyui/?x=1"))
+    );
+    let part = swapd.get("/comfyui/assets/app.js");
+    assert_eq!((part.status, part.error().1.as_str()), (409, "conflict"));
+    assert!(swapd.journal().is_empty(), "an open page starts nothing");
+    assert_eq!(swapd.get("/comfyui/?a=b").body, "/?a=b");
+    assert_eq!(swapd.get("/comfyui/assets/app.js?v=2").body, "/assets/app.js?v=2");
+    let running = swapd.running();
+    assert_eq!(running[0]["model"], "comfyui_auto");
+}
+
+#[test]
+fn websockets_that_count_for_nothing_start_nothing() {
+    let swapd = Swapd::start("models: {m: {worker: {model: DIR}, compat: {ignoreWebsockets: true}}}");
+    let upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
+    assert_eq!(swapd.open("GET", "/upstream/m/ws", upgrade, "").status, 409);
+    assert_eq!(swapd.state("m"), "stopped");
+    assert_eq!(swapd.chat("m", "").status, 200);
+    let open = swapd.open("GET", "/upstream/m/ws", upgrade, "");
+    assert_eq!(open.status, 101);
+    assert_eq!(swapd.running()[0]["inflight"], 0);
+}
+
+/// The events of a stream until one that `last` accepts.
+fn events(swapd: &Swapd, act: impl FnOnce(), last: impl Fn(&str, &Value) -> bool) -> Vec<(String, Value)> {
+    let mut stream = swapd.open("GET", "/api/events", "", "");
+    let (mut found, mut act) = (Vec::new(), Some(act));
+    loop {
+        let text = stream.chunk().unwrap().unwrap();
+        for line in text.lines().filter_map(|l| l.strip_prefix("data:")) {
+            let message: Value = serde_json::from_str(line).unwrap();
+            let kind = message["type"].as_str().unwrap().to_owned();
+            let data: Value = serde_json::from_str(message["data"].as_str().unwrap()).unwrap();
+            let over = last(&kind, &data);
+            found.push((kind, data));
+            if over {
+                return found;
+            }
+        }
+        // The present state comes first, and ends with what is running.
+        if found.iter().any(|(kind, _)| kind == "inflight")
+            && let Some(act) = act.take()
+        {
+            act();
+        }
+    }
+}
+
+#[test]
+fn events_begin_with_the_present_and_tell_of_profiles_and_requests() {
+    let config = "models: {m: {worker: {model: DIR}}}\nprofiles: {day: {pins: {x: m}}}";
+    let swapd = Swapd::start(config);
+    let found = events(
+        &swapd,
+        || {
+            let body = r#"{"name":"day"}"#;
+            assert_eq!(
+                swapd
+                    .open("PUT", "/api/profiles/active", "", body)
+                    .finish()
+                    .status,
+                200
+            );
+            assert_eq!(swapd.chat("x", "").status, 200);
+        },
+        |kind, data| kind == "inflight" && data["operation"] == "remove",
+    );
+    let first: Vec<&str> = found.iter().take(7).map(|(kind, _)| kind.as_str()).collect();
+    assert_eq!(
+        first,
+        [
+            "logData",
+            "logData",
+            "modelStatus",
+            "uiConfig",
+            "profileChanged",
+            "registry",
+            "inflight"
+        ]
+    );
+    assert_eq!(
+        (&found[4].1, &found[6].1),
+        (
+            &json!({"active": null}),
+            &json!({"operation": "snapshot", "requests": []})
+        )
+    );
+    let has = |wanted: &dyn Fn(&str, &Value) -> bool| found.iter().any(|(kind, data)| wanted(kind, data));
+    assert!(
+        has(&|k, d| k == "profileChanged" && d["active"] == "day"),
+        "{found:?}"
+    );
+    assert!(
+        has(&|k, d| k == "inflight" && d["operation"] == "upsert" && d["request"]["model"] == "m"),
+        "{found:?}"
+    );
+}
+
+#[test]
+fn a_model_that_is_slow_to_stop_holds_no_other_up() {
+    // llama-swap: every request to every model waited for it.
+    let swapd = Swapd::start(
+        "models:
+  slow: {worker: {model: DIR}, env: ['FAKE_IGNORE_TERM=1'], unloadTimeout: 3}
+  other: {worker: {model: DIR}}
+groups: {both: {swap: false, members: [slow, other]}}",
+    );
+    for model in ["slow", "other"] {
+        assert_eq!(swapd.chat(model, "").status, 200);
+    }
+    std::thread::scope(|scope| {
+        let unload = scope.spawn(|| swapd.post("/api/models/unload/slow", ""));
+        eventually("it is stopping", Duration::from_secs(2), || {
+            (swapd.state("slow") == "stopping").then_some(())
+        });
+        let begun = Instant::now();
+        assert_eq!(swapd.chat("other", "").status, 200);
+        assert!(
+            begun.elapsed() < Duration::from_millis(500),
+            "{:?}",
+            begun.elapsed()
+        );
+        assert_eq!(swapd.state("slow"), "stopping");
+        assert_eq!(unload.join().unwrap().body, "OK");
+    });
+}
