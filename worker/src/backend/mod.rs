@@ -119,6 +119,9 @@ pub enum GenerationEvent {
         /// Tokens of the prompt whose keys and values came from the prefix cache. (Also in [`Usage`]; known here
         /// already, because a reply that ends at a stop string never sees the engine's own end.)
         cached_tokens: usize,
+        /// Where the prompt parts from what was cached, if it was cached differently and somebody wants to know (debug
+        /// logs).
+        miss: Option<Box<Miss>>,
     },
     /// One generated token, never one of the stop tokens.
     Token {
@@ -136,6 +139,17 @@ pub enum GenerationEvent {
     },
     /// The reply cannot be completed. Last event.
     Failed(EngineError),
+}
+
+/// A prompt that begins like a cached one and then goes on differently.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Miss {
+    /// Index of the first token that differs.
+    pub position: usize,
+    /// The prompt's tokens from there, a few.
+    pub asked: Vec<u32>,
+    /// The cached prompt's tokens from there, a few.
+    pub cached: Vec<u32>,
 }
 
 /// Log-probabilities (natural logarithm, after penalties and bias, before temperature and truncation) at one position.

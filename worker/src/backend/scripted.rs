@@ -200,7 +200,10 @@ impl Player {
                 }
                 Act::Start(cached_tokens) => {
                     self.usage.cached_tokens = cached_tokens;
-                    GenerationEvent::Started { cached_tokens }
+                    GenerationEvent::Started {
+                        cached_tokens,
+                        miss: None,
+                    }
                 }
                 Act::Token(id) => self.token(id, None),
                 Act::TokenWithLogprob(id, logprob, top) => {

@@ -18,7 +18,7 @@ use super::start;
 use super::stats::{Counters, Place};
 use super::stepper::{DecodeRow, Landed, Stepper};
 use super::{EngineConfig, StartError};
-use crate::backend::{EngineError, EngineState, GenerateRequest, GenerationEvent, ModelInfo};
+use crate::backend::{EngineError, EngineState, GenerateRequest, GenerationEvent, Miss, ModelInfo};
 use crate::model::LoadProgress;
 
 /// What the handle asks of the thread.
@@ -183,10 +183,8 @@ impl<'a> Loop<'a> {
         self.next_id += 1;
         let room = self.most_tokens.saturating_sub(request.prompt.len());
         let limit = request.max_tokens.min(room);
-        let sequence = Sequence::new(&request, events, place, limit);
-        if tracing::enabled!(tracing::Level::DEBUG) {
-            self.explain_miss(&request.prompt);
-        }
+        let miss = self.miss(&request.prompt);
+        let sequence = Sequence::new(&request, events, place, limit, miss);
         let new = NewRequest {
             id,
             prompt: request.prompt,
@@ -201,17 +199,19 @@ impl<'a> Loop<'a> {
         }
     }
 
-    /// Where a prompt that could have been reused parts from what is cached.
-    fn explain_miss(&self, prompt: &[u32]) {
-        let found = self.scheduler.divergence(prompt, 16);
-        if found.differs() {
-            tracing::debug!(
-                position = found.position,
-                asked = ?found.asked,
-                cached = ?found.cached,
-                "a prompt parts from what is cached"
-            );
+    /// Where a prompt that could have been reused parts from what is cached. Looked up for debug logs only.
+    fn miss(&self, prompt: &[u32]) -> Option<Box<Miss>> {
+        if !tracing::enabled!(tracing::Level::DEBUG) {
+            return None;
         }
+        let found = self.scheduler.divergence(prompt, 16);
+        found.differs().then(|| {
+            Box::new(Miss {
+                position: found.position,
+                asked: found.asked,
+                cached: found.cached,
+            })
+        })
     }
 
     fn drop_cancelled(&mut self) {

@@ -5,7 +5,7 @@ use tokio::sync::mpsc;
 use super::sampler::{History, Sampler};
 use super::stats::Place;
 use crate::backend::{
-    EngineError, FinishReason, GenerateRequest, GenerationEvent, SamplingParams, TokenLogprobs, Usage,
+    EngineError, FinishReason, GenerateRequest, GenerationEvent, Miss, SamplingParams, TokenLogprobs, Usage,
 };
 
 /// What the engine keeps of a request once its prompt is with the scheduler.
@@ -19,6 +19,7 @@ pub(super) struct Sequence {
     stop_tokens: Vec<u32>,
     prompt_tokens: usize,
     cached_tokens: usize,
+    miss: Option<Box<Miss>>,
     /// Most tokens to generate: what was asked for, or what the context has room for.
     limit: usize,
     /// Tokens sent to the reader or, for the last one, drawn as a stop token.
@@ -40,6 +41,7 @@ impl Sequence {
         events: mpsc::Sender<GenerationEvent>,
         place: Place,
         limit: usize,
+        miss: Option<Box<Miss>>,
     ) -> Self {
         let sampling: SamplingParams = request.sampling.clone();
         Self {
@@ -50,6 +52,7 @@ impl Sequence {
             stop_tokens: request.stop_tokens.clone(),
             prompt_tokens: request.prompt.len(),
             cached_tokens: 0,
+            miss,
             limit,
             generated: 0,
         }
@@ -63,7 +66,8 @@ impl Sequence {
     /// Its prefill begins.
     pub(super) fn start(&mut self, cached_tokens: usize) {
         self.cached_tokens = cached_tokens;
-        self.send(GenerationEvent::Started { cached_tokens });
+        let miss = self.miss.take();
+        self.send(GenerationEvent::Started { cached_tokens, miss });
     }
 
     /// Tells the reader that nothing more will come.

@@ -64,6 +64,23 @@ impl Choice {
         }
     }
 
+    /// Says in the log why a prompt that begins like an earlier one had to be computed again.
+    fn explain(&self, miss: &backend::Miss) {
+        let text = |ids: &[u32]| {
+            let bytes: Vec<u8> = ids
+                .iter()
+                .flat_map(|&id| self.tokenizer.token_bytes(id))
+                .collect();
+            String::from_utf8_lossy(&bytes).into_owned()
+        };
+        tracing::debug!(
+            first_different_token = miss.position,
+            asked = text(&miss.asked),
+            cached = text(&miss.cached),
+            "the prompt parts from the cached one"
+        );
+    }
+
     /// Takes the next event and appends what it means for the client. `Some` once: the reply has ended with it.
     ///
     /// # Errors
@@ -84,7 +101,12 @@ impl Choice {
         }
         let first = deltas.len();
         match event {
-            GenerationEvent::Started { cached_tokens } => self.cached_tokens = cached_tokens,
+            GenerationEvent::Started { cached_tokens, miss } => {
+                self.cached_tokens = cached_tokens;
+                if let Some(miss) = miss {
+                    self.explain(&miss);
+                }
+            }
             GenerationEvent::Token { id, logprob } => {
                 self.completion_tokens += 1;
                 if let Some(logprob) = logprob {

@@ -107,6 +107,8 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
             "last_step_age_ms": millis(stats.last_step_age),
             "prefill_tokens": stats.prefill_tokens,
             "decode_tokens": stats.decode_tokens,
+            "cached_tokens": stats.cached_tokens,
+            "preempted": stats.preempted,
         },
         "memory": {
             "weight_bytes": info.weight_bytes,

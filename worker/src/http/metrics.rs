@@ -157,6 +157,18 @@ impl Metrics {
                 engine.decode_tokens,
             ),
             (
+                "engine_cached_tokens_total",
+                "counter",
+                "Prompt tokens that the engine took from the prefix cache.",
+                engine.cached_tokens,
+            ),
+            (
+                "engine_preempted_total",
+                "counter",
+                "Requests that lost their place in the KV cache to older ones.",
+                engine.preempted,
+            ),
+            (
                 "requests_in_flight",
                 "gauge",
                 "Requests not answered to the end.",
