@@ -1,0 +1,434 @@
+//! What the program that this one replaces gets wrong, on the real engine with the demonstration model: each test is
+//! one of those failures with the right behaviour.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::panic,
+    missing_docs
+)]
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use mlxworker::backend::{
+    Backend, FinishReason, GenerateRequest, Generation, GenerationEvent, SamplingParams, SubmitError, Usage,
+};
+use mlxworker::engine::{Engine, EngineConfig};
+use mlxworker::text::TextTokenizer;
+use tokio::time::timeout;
+
+const LIMIT: Duration = Duration::from_secs(120);
+/// Tokens in a block of the cache.
+const BLOCK: usize = 32;
+
+fn demo() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo/model")
+}
+
+async fn engine(change: impl FnOnce(&mut EngineConfig)) -> Engine {
+    let mut config = EngineConfig {
+        max_running: 8,
+        block_size: BLOCK,
+        prefill_chunk: 128,
+        ..EngineConfig::new(demo())
+    };
+    change(&mut config);
+    Engine::start(config, |_| {}).await.unwrap()
+}
+
+fn ids(text: &str) -> Vec<u32> {
+    TextTokenizer::load(&demo()).unwrap().encode(text, true).unwrap()
+}
+
+fn user(text: &str) -> Vec<u32> {
+    ids(&format!(
+        "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    ))
+}
+
+/// Different words for different seeds, `count` tokens of them.
+fn words(seed: usize, count: usize) -> Vec<u32> {
+    const WORDS: [&str; 8] = [
+        " time", " water", " people", " house", " number", " world", " name", " light",
+    ];
+    let text: String = (0..count)
+        .map(|i| WORDS[(seed * 31 + i * i * (seed + 3) + i / 7) % WORDS.len()])
+        .collect();
+    let mut ids = ids(&text);
+    ids.truncate(count);
+    assert_eq!(ids.len(), count);
+    ids
+}
+
+fn greedy(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
+    GenerateRequest {
+        prompt,
+        max_tokens,
+        sampling: SamplingParams::greedy(),
+        stop_tokens: Vec::new(),
+        logprobs: None,
+    }
+}
+
+#[derive(Debug, Default, PartialEq)]
+struct Reply {
+    cached: usize,
+    tokens: Vec<u32>,
+    end: Option<(FinishReason, Usage)>,
+}
+
+async fn next(generation: &mut Generation) -> Option<GenerationEvent> {
+    timeout(LIMIT, generation.events.recv()).await.expect("in time")
+}
+
+async fn first_token(generation: &mut Generation) -> u32 {
+    loop {
+        match next(generation).await.expect("an event") {
+            GenerationEvent::Started { .. } => {}
+            GenerationEvent::Token { id, .. } => return id,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Reads to the end.
+async fn rest(mut generation: Generation) -> Reply {
+    let mut reply = Reply::default();
+    while let Some(event) = next(&mut generation).await {
+        match event {
+            GenerationEvent::Started { cached_tokens } => reply.cached = cached_tokens,
+            GenerationEvent::Token { id, .. } => reply.tokens.push(id),
+            GenerationEvent::Finished { reason, usage } => reply.end = Some((reason, usage)),
+            GenerationEvent::Failed(error) => panic!("{error}"),
+        }
+    }
+    assert!(reply.end.is_some(), "no end");
+    reply
+}
+
+async fn ask(engine: &Engine, request: GenerateRequest) -> Reply {
+    rest(engine.submit(request).unwrap()).await
+}
+
+async fn tokens(engine: &Engine, request: GenerateRequest) -> Vec<u32> {
+    ask(engine, request).await.tokens
+}
+
+/// Waits until nothing runs, waits, or is kept. For engines without a prefix cache.
+async fn idle(engine: &Engine) {
+    let reached = async {
+        while {
+            let stats = engine.stats();
+            (stats.running, stats.waiting, stats.kv_used_bytes) != (0, 0, 0)
+        } {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    timeout(LIMIT, reached).await.expect("in time");
+}
+
+/// Each kind of sampling alone, then joining a running one of the other kind, in both orders.
+#[tokio::test]
+async fn a_hot_and_a_greedy_request_do_not_mix() {
+    let engine = engine(|c| c.prefix_cache = false).await;
+    let hot = GenerateRequest {
+        sampling: SamplingParams {
+            temperature: 1.5,
+            seed: Some(7),
+            ..SamplingParams::greedy()
+        },
+        ..greedy(user("Count from 1 to 9"), 60)
+    };
+    let cold = greedy(user("Count from 1 to 10"), 60);
+    let alone = (
+        tokens(&engine, hot.clone()).await,
+        tokens(&engine, cold.clone()).await,
+    );
+    let unseasoned = greedy(hot.prompt.clone(), 60);
+    assert_ne!(
+        alone.0,
+        tokens(&engine, unseasoned).await,
+        "temperature makes a difference"
+    );
+    for hot_first in [true, false] {
+        let (one, other) = if hot_first { (&hot, &cold) } else { (&cold, &hot) };
+        let mut first = engine.submit(one.clone()).unwrap();
+        let mut begun = vec![first_token(&mut first).await];
+        let second = ask(&engine, other.clone());
+        let (first, second) = tokio::join!(rest(first), second);
+        begun.extend(first.tokens);
+        let (hot, cold) = if hot_first {
+            (begun, second.tokens)
+        } else {
+            (second.tokens, begun)
+        };
+        assert_eq!(
+            (hot, cold),
+            alone,
+            "the hot one came {}",
+            if hot_first { "first" } else { "second" }
+        );
+    }
+}
+
+/// What one request wants of its logits concerns nobody else, and is not lost when plain requests run before, beside
+/// and after it.
+#[tokio::test]
+async fn bias_and_penalties_stay_with_their_request() {
+    let engine = engine(|c| c.prefix_cache = false).await;
+    // Nothing that the model is sure of: what a penalty takes away decides.
+    let plain = greedy(words(1, 40), 40);
+    let with = |change: fn(&mut SamplingParams)| {
+        let mut request = plain.clone();
+        change(&mut request.sampling);
+        request
+    };
+    let alone = tokens(&engine, plain.clone()).await;
+    let wanted = ids("people")[0];
+    let special = [
+        with(|s| s.logit_bias = vec![(ids("people")[0], 100.0)]),
+        with(|s| s.repetition_penalty = 1.8),
+        with(|s| s.frequency_penalty = 2.0),
+        with(|s| s.presence_penalty = 2.0),
+    ];
+    let mut expected = Vec::new();
+    for request in &special {
+        let reply = tokens(&engine, request.clone()).await;
+        assert_ne!(reply, alone, "{:?} makes a difference", request.sampling);
+        expected.push(reply);
+    }
+    assert!(expected[0].iter().all(|id| *id == wanted), "{:?}", expected[0]);
+
+    let mut running = engine.submit(plain.clone()).unwrap();
+    let first = first_token(&mut running).await;
+    let joined: Vec<Generation> = special
+        .iter()
+        .map(|r| engine.submit(r.clone()).unwrap())
+        .collect();
+    let after = engine.submit(plain.clone()).unwrap();
+    for (generation, expected) in joined.into_iter().zip(&expected) {
+        assert_eq!(rest(generation).await.tokens, *expected);
+    }
+    let mut begun = vec![first];
+    begun.extend(rest(running).await.tokens);
+    assert_eq!(begun, alone);
+    assert_eq!(rest(after).await.tokens, alone);
+}
+
+/// A block of tokens in another place, or behind another one, has other keys and values.
+#[tokio::test]
+async fn the_same_blocks_in_another_order_are_another_prompt() {
+    let (x, y, z) = (words(1, 2 * BLOCK), words(2, 2 * BLOCK), words(5, 2 * BLOCK));
+    let question = user("What was the first word?");
+    let prompt = |parts: [&Vec<u32>; 2]| {
+        let mut prompt = parts.map(Clone::clone).concat();
+        prompt.extend(&question);
+        greedy(prompt, 24)
+    };
+    let orders = [
+        prompt([&x, &y]),
+        prompt([&y, &x]),
+        prompt([&z, &y]),
+        prompt([&x, &z]),
+    ];
+    let fresh = engine(|c| c.prefix_cache = false).await;
+    let mut right = Vec::new();
+    for request in &orders {
+        right.push(tokens(&fresh, request.clone()).await);
+    }
+    drop(fresh);
+    assert_ne!(right[0], right[1], "the order makes a difference");
+    let engine = engine(|_| {}).await;
+    // What a prompt begins with may be found again; nothing else, wherever it comes.
+    for (at, blocks) in [(0, 0), (1, 0), (2, 0), (3, 2), (1, 4), (0, 4)] {
+        let reply = ask(&engine, orders[at].clone()).await;
+        assert_eq!(reply.tokens, right[at], "order {at}");
+        assert_eq!(
+            reply.cached / BLOCK,
+            blocks,
+            "order {at}: {} cached",
+            reply.cached
+        );
+    }
+}
+
+/// The same prompt again is computed from its last block on, and answers the same, ten times sooner.
+#[tokio::test]
+async fn an_exact_repeat_computes_next_to_nothing() {
+    let engine = engine(|_| {}).await;
+    let request = greedy(words(3, 600), 8);
+    let mut times = Vec::new();
+    let mut replies = Vec::new();
+    for _ in 0..3 {
+        let before = engine.stats().prefill_tokens;
+        let sent = Instant::now();
+        let mut generation = engine.submit(request.clone()).unwrap();
+        let Some(GenerationEvent::Started { cached_tokens }) = next(&mut generation).await else {
+            panic!("no start")
+        };
+        let mut reply = vec![first_token(&mut generation).await];
+        times.push(sent.elapsed());
+        reply.extend(rest(generation).await.tokens);
+        replies.push(reply);
+        let computed = engine.stats().prefill_tokens - before;
+        assert_eq!(computed, 600 - cached_tokens as u64);
+        if times.len() == 1 {
+            assert_eq!(cached_tokens, 0);
+        } else {
+            // All but the last token, or whole blocks of that.
+            assert!(
+                [599, 599 / BLOCK * BLOCK].contains(&cached_tokens),
+                "{cached_tokens}"
+            );
+        }
+    }
+    assert_eq!((&replies[1], &replies[2]), (&replies[0], &replies[0]));
+    // The better of two: a busy machine may hold one of them up.
+    let again = times[1].min(times[2]);
+    assert!(again * 10 <= times[0], "{times:?}");
+}
+
+/// Sixteen people talk at the same time, in a cache with room for all and in one with room for half of them; each
+/// hears what they would hear alone.
+#[tokio::test]
+async fn interleaved_conversations_stay_apart() {
+    const PEOPLE: usize = 16;
+    const TURNS: usize = 2;
+    const REPLY: usize = 6;
+    const BLOCK: usize = 16;
+    let says = |person: usize, turn: usize| {
+        let name = ["Anna", "Ben", "Carla", "David"][person % 4];
+        user(&format!("Say {name} {} times", turn + person / 4 + 1))
+    };
+    let mut alone = Vec::new();
+    let solo = engine(|c| {
+        c.prefix_cache = false;
+        c.max_running = 1;
+    })
+    .await;
+    for person in 0..PEOPLE {
+        let mut history = Vec::new();
+        for turn in 0..TURNS {
+            history.extend(says(person, turn));
+            let reply = tokens(&solo, greedy(history.clone(), REPLY)).await;
+            history.extend(reply);
+        }
+        alone.push(history);
+    }
+    drop(solo);
+
+    for blocks in [None, Some(20)] {
+        let engine = engine(|c| {
+            c.block_size = BLOCK;
+            c.max_blocks = blocks;
+        })
+        .await;
+        let mut histories = vec![Vec::new(); PEOPLE];
+        let mut cached = 0;
+        for turn in 0..TURNS {
+            let mut asked = Vec::new();
+            for (person, history) in histories.iter_mut().enumerate() {
+                history.extend(says(person, turn));
+                asked.push(engine.submit(greedy(history.clone(), REPLY)).unwrap());
+            }
+            for (history, generation) in histories.iter_mut().zip(asked) {
+                let reply = rest(generation).await;
+                history.extend(reply.tokens);
+                cached += if turn == 0 { 0 } else { reply.cached };
+            }
+        }
+        assert_eq!(histories, alone, "{blocks:?} blocks");
+        // Each turn continues what the cache knows of its own conversation: at least a block of it.
+        if blocks.is_none() {
+            assert!(cached >= PEOPLE * (TURNS - 1) * BLOCK, "{cached}");
+        }
+    }
+}
+
+/// While 1,500 tokens of a prompt are computed, who is already being answered gets a token with every part of it.
+#[tokio::test]
+async fn a_long_prompt_holds_nobody_up_for_longer_than_one_part() {
+    let engine = engine(|c| c.prefill_chunk = 128).await;
+    let mut running = Vec::new();
+    for person in 0..2 {
+        let mut generation = engine
+            .submit(greedy(user(&format!("Count to {person}")), 2000))
+            .unwrap();
+        first_token(&mut generation).await;
+        running.push(generation);
+    }
+    let mut long = engine.submit(greedy(words(4, 1500), 1)).unwrap();
+    assert!(matches!(
+        next(&mut long).await,
+        Some(GenerationEvent::Started { cached_tokens: 0 })
+    ));
+    // What had come before the first part was begun.
+    for generation in &mut running {
+        while generation.events.try_recv().is_ok() {}
+    }
+    first_token(&mut long).await;
+    for generation in &mut running {
+        let mut came = 0;
+        while let Ok(GenerationEvent::Token { .. }) = generation.events.try_recv() {
+            came += 1;
+        }
+        // Twelve parts. One token may have come with the start, and one is on its way.
+        assert!(came >= 10, "{came} tokens during 12 parts");
+    }
+}
+
+/// Who goes away makes room: in the step after it while being answered, in the part after it while a prompt is computed.
+#[tokio::test]
+async fn going_away_frees_the_place_within_a_step() {
+    let engine = engine(|c| {
+        c.max_running = 1;
+        c.prefix_cache = false;
+        c.prefill_chunk = 64;
+    })
+    .await;
+    let mut first = engine.submit(greedy(user("Count from 1 to 10"), 3000)).unwrap();
+    first_token(&mut first).await;
+    let second = engine.submit(greedy(user("Say hello"), 1)).unwrap();
+    drop(first);
+    let before = engine.stats().steps;
+    assert_eq!(rest(second).await.tokens.len(), 1);
+    idle(&engine).await;
+    let steps = engine.stats().steps - before;
+    // At most: the one under way, the prompt of the second, and the reading of each.
+    assert!(steps <= 4, "{steps} steps");
+
+    let mut long = engine.submit(greedy(words(6, 1500), 10)).unwrap();
+    assert!(matches!(
+        next(&mut long).await,
+        Some(GenerationEvent::Started { .. })
+    ));
+    drop(long);
+    let before = engine.stats().prefill_tokens;
+    idle(&engine).await;
+    let computed = engine.stats().prefill_tokens - before;
+    // The part under way, and the one that was planned when nobody had gone yet.
+    assert!(computed <= 2 * 64, "{computed} tokens");
+}
+
+/// Neither the model's positions nor the cache can be exceeded.
+#[tokio::test]
+async fn the_context_length_is_kept() {
+    let engine = engine(|c| c.context_length = Some(256)).await;
+    assert_eq!(engine.info().context_length, 256);
+    for length in [256, 257, 40_013] {
+        let refused = engine.submit(greedy(vec![300; length], 1)).unwrap_err();
+        let SubmitError::TooLong {
+            prompt_tokens,
+            context_length,
+        } = refused
+        else {
+            panic!("{refused:?}")
+        };
+        assert_eq!((prompt_tokens, context_length), (length, 256));
+    }
+    let reply = ask(&engine, greedy(words(7, 250), 100)).await;
+    let (reason, usage) = reply.end.unwrap();
+    assert_eq!(reason, FinishReason::Length);
+    assert_eq!((reply.tokens.len(), usage.completion_tokens), (6, 6));
+}
