@@ -1,0 +1,273 @@
+//! Lines of llama-swap's contract about processes and configuration that no other test has, and what it does badly.
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::disallowed_methods
+)]
+
+mod common;
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::{Swapd, alive, eventually};
+
+const SOON: Duration = Duration::from_secs(5);
+
+fn pid(swapd: &Swapd, model: &str) -> u64 {
+    let running = swapd.running();
+    let row = running.iter().find(|r| r["model"] == model).unwrap();
+    row["pid"].as_u64().unwrap()
+}
+
+#[test]
+fn a_command_of_its_own_stops_the_model() {
+    let swapd = Swapd::start(
+        "models:
+  m:
+    cmd: |
+      # a comment
+      FAKESERVER \\
+        --port ${PORT}
+    checkEndpoint: /
+    env: [JOURNAL]
+    cmdStop: 'sh -c \"echo ${PID} ${MODEL_ID} > DIR/stopped; kill -TERM ${PID}\"'
+",
+    );
+    assert_eq!(swapd.chat("m", "").status, 200);
+    let (_, server) = swapd.journalled("ready")[0];
+    assert_eq!(swapd.get("/unload").body, "OK");
+    let told = std::fs::read_to_string(swapd.dir.path().join("stopped")).unwrap();
+    let told: Vec<&str> = told.split_whitespace().collect();
+    assert_eq!(told, [server.to_string().as_str(), "m"]);
+    assert!(!alive(server));
+    assert_eq!(swapd.journalled("term").len(), 1);
+}
+
+#[test]
+fn a_matrix_lets_sets_live_together_and_evicts_the_cheapest() {
+    let swapd = Swapd::start(
+        "models:
+  a: {worker: {model: DIR}}
+  b: {worker: {model: DIR}}
+  c: {worker: {model: DIR}}
+matrix:
+  vars: {x: a, y: b, z: c}
+  evict_costs: {x: 10}
+  sets: {one: x & y, two: x & z}
+",
+    );
+    for model in ["a", "b"] {
+        assert_eq!(swapd.chat(model, "").status, 200);
+    }
+    let first = pid(&swapd, "a");
+    assert_eq!(swapd.chat("c", "").status, 200);
+    assert_eq!(
+        (swapd.state("a"), swapd.state("b"), swapd.state("c")),
+        ("ready".into(), "stopped".into(), "ready".into())
+    );
+    assert_eq!(pid(&swapd, "a"), first, "it was in the way of nobody");
+}
+
+#[test]
+fn a_group_that_is_not_exclusive_or_persistent() {
+    let swapd = Swapd::start(
+        "models:
+  big1: {worker: {model: DIR}}
+  big2: {worker: {model: DIR}}
+  small: {worker: {model: DIR}}
+  kept: {worker: {model: DIR}}
+groups:
+  bigs: {members: [big1, big2]}
+  smalls: {swap: false, exclusive: false, members: [small]}
+  forever: {swap: false, exclusive: false, persistent: true, members: [kept]}
+",
+    );
+    let states = || ["big1", "big2", "small", "kept"].map(|m| swapd.state(m));
+    for model in ["kept", "big1", "small"] {
+        assert_eq!(swapd.chat(model, "").status, 200);
+    }
+    assert_eq!(
+        states(),
+        ["ready", "stopped", "ready", "ready"],
+        "small drives nobody out"
+    );
+    assert_eq!(swapd.chat("big2", "").status, 200);
+    assert_eq!(
+        states(),
+        ["stopped", "ready", "stopped", "ready"],
+        "big2 takes all but what is persistent"
+    );
+}
+
+#[test]
+fn steady_traffic_on_one_model_does_not_starve_another() {
+    // llama-swap: for ever.
+    let swapd = Swapd::start(
+        "models: {a: {worker: {model: DIR}}, b: {worker: {model: DIR}}}
+routing: {scheduler: {settings: {fifo: {maxWait: 1, maxPassed: 100000}}}}",
+    );
+    assert_eq!(swapd.chat("a", "").status, 200);
+    let over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) {
+                    assert_eq!(swapd.chat("a", r#""delay_ms":20"#).status, 200);
+                }
+            });
+        }
+        let begun = Instant::now();
+        let answer = swapd.chat("b", "");
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+        assert_eq!(answer.status, 200);
+        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    });
+}
+
+#[test]
+fn a_load_whose_client_left_keeps_its_time_to_live() {
+    // llama-swap: unloaded a second after it was ready.
+    let swapd =
+        Swapd::start("models: {m: {worker: {model: DIR}, ttl: 3, env: ['FAKE_START_MS=300', JOURNAL]}}");
+    let client = std::net::TcpStream::connect(&swapd.address).unwrap();
+    let body = common::chat_body("m", "");
+    let text = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    std::io::Write::write_all(&mut &client, text.as_bytes()).unwrap();
+    eventually("it starts", SOON, || {
+        (swapd.state("m") == "starting").then_some(())
+    });
+    drop(client);
+    eventually("it is ready all the same", SOON, || {
+        (swapd.state("m") == "ready").then_some(())
+    });
+    let ready = Instant::now();
+    eventually("its time is over", SOON, || {
+        (swapd.state("m") == "stopped").then_some(())
+    });
+    assert!(
+        ready.elapsed() > Duration::from_millis(2_500),
+        "{:?}",
+        ready.elapsed()
+    );
+}
+
+#[test]
+fn several_files_are_one_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(
+        dir.path().join("10-a.yaml"),
+        "models: {a: {cmd: 'a --port ${PORT}', aliases: [first]}}",
+    )
+    .unwrap();
+    std::fs::write(
+        dir.path().join("20-b.yml"),
+        "models: {b: {cmd: 'b --port ${PORT}'}}\nttl: 3",
+    )
+    .unwrap();
+    std::fs::write(dir.path().join("notes.txt"), "no configuration").unwrap();
+    let more = dir.path().join("more");
+    std::fs::create_dir(&more).unwrap();
+    let swapd = Swapd::start_with(
+        "models: {c: {worker: {model: DIR}}}",
+        &["--config-dir", dir.path().to_str().unwrap()],
+    );
+    let listed = swapd.get("/v1/models").json();
+    let ids: Vec<&str> = listed["data"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|m| m["id"].as_str().unwrap())
+        .collect();
+    assert_eq!(ids, ["a", "b", "c"]);
+    assert_eq!(swapd.get("/v1/models/first").json()["id"], "a");
+    // The same model in two files is an error that names both, and so is one setting with two values.
+    std::fs::write(
+        dir.path().join("30-c.yaml"),
+        "models: {a: {cmd: 'x'}}\nstartPort: 7000",
+    )
+    .unwrap();
+    std::fs::write(dir.path().join("40-d.yaml"), "startPort: 7001").unwrap();
+    let check = Command::new(env!("CARGO_BIN_EXE_swapd"))
+        .args(["check", "--config-dir", dir.path().to_str().unwrap()])
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&check.stderr).into_owned();
+    assert_eq!(check.status.code(), Some(1));
+    for part in ["30-c.yaml", "40-d.yaml", "models", "startPort"] {
+        assert!(said.contains(part), "{part} in {said}");
+    }
+}
+
+#[test]
+fn what_llama_swap_lets_pass_is_found_before_it_serves() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("c.yaml");
+    for (config, wanted) in [
+        ("models: {a: {}}", "cmd"),
+        (
+            "models: {a: {cmd: 'x --port ${PORT}', aliases: [b]}, b: {cmd: 'y --port ${PORT}'}}",
+            "b",
+        ),
+        (
+            "models: {a: {cmd: 'x --port ${PORT}'}}\ngroups: {g: {members: [nobody]}}",
+            "nobody",
+        ),
+        (
+            "models: {a: {cmd: 'x --port ${PORT}', concurencyLimit: 3}}",
+            "concurrencyLimit",
+        ),
+    ] {
+        std::fs::write(&file, config).unwrap();
+        let check = Command::new(env!("CARGO_BIN_EXE_swapd"))
+            .args(["check", "--config"])
+            .arg(&file)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&check.stderr).into_owned();
+        assert_eq!(check.status.code(), Some(1), "{config}: {said}");
+        assert!(
+            said.contains("c.yaml:") && said.contains(wanted),
+            "{config}: {said}"
+        );
+    }
+    // A drop-in file must start: what only loses its effect is a warning.
+    std::fs::write(
+        &file,
+        "models: {a: {cmd: 'x --port ${PORT}'}}\nhooks: {on_startup: {preload: [nothing]}}",
+    )
+    .unwrap();
+    let check = Command::new(env!("CARGO_BIN_EXE_swapd"))
+        .args(["check", "--config"])
+        .arg(&file)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&check.stderr).into_owned();
+    assert!(
+        check.status.success() && said.contains("warning") && said.contains("`nothing`"),
+        "{said}"
+    );
+}
+
+#[test]
+fn logs_are_there_whatever_goes_to_standard_output() {
+    let swapd =
+        Swapd::start("models: {m: {worker: {model: DIR}, env: ['FAKE_CHATTER=3']}}\nlogToStdout: both");
+    assert_eq!(swapd.chat("m", "").status, 200);
+    let log = swapd.get("/logs").body;
+    assert!(
+        log.contains("[INFO] listening on") && log.contains("chatter 2"),
+        "{log}"
+    );
+    let mut of_model = swapd.open("GET", "/logs/stream/m", "", "");
+    let lines = of_model.chunk().unwrap().unwrap();
+    assert!(
+        lines.contains("chatter 0") && !lines.contains("listening"),
+        "{lines}"
+    );
+}
