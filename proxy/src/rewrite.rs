@@ -70,6 +70,10 @@ impl Rewrite {
                 node.action = Some(Action::Set(Value::Object(Json::new())));
                 node.below = map.into_iter().map(|(k, v)| (k, Node::set(v))).collect();
             }
+            if *action == Action::Remove && node.action == Some(Action::Remove) {
+                // Gone as a whole.
+                return;
+            }
             node = node.below.entry(step.clone()).or_default();
             if i + 1 == steps.len() {
                 *node = Node {
@@ -269,6 +273,16 @@ mod tests {
         let f = filters(&[], json!({"o": {"x": 1}, "o.y": 2}), json!({}));
         assert_eq!(apply(&f, None, "", r#"{"o":5}"#), r#"{"o":{"x":1,"y":2}}"#);
         assert!(Rewrite::new(&filters(&["model"], json!({}), json!({})), None, "").is_none());
+    }
+
+    /// Found by fuzzing: `b` came into being, empty.
+    #[test]
+    fn what_is_removed_as_a_whole_is_not_made_to_remove_a_part() {
+        let f = filters(&["b", "b.c.d"], json!({}), json!({}));
+        assert_eq!(apply(&f, None, "", r#"{"a":1}"#), r#"{"a":1}"#);
+        assert_eq!(apply(&f, None, "", r#"{"b":{"c":1}}"#), "{}");
+        let f = filters(&["b", "b.c.d"], json!({"b.e": 1}), json!({}));
+        assert_eq!(apply(&f, None, "", r#"{"b":{"c":1}}"#), r#"{"b":{"e":1}}"#);
     }
 
     #[test]

@@ -66,7 +66,6 @@ fn measure(dir: &Path, rounds: usize) -> Report {
     };
     let text = format!(
         "
-logLevel: warn
 models:
   m: {{{}}}
   foreign: {{{}, env: [{start}=130]}}
