@@ -84,7 +84,7 @@ fn copy(mut to: impl Write, pieces: &Receiver<Piece>, dropped: &AtomicU64) {
         let _ = to.write_all(&text);
         if !marks.is_empty() {
             let _ = to.flush();
-            marks.into_iter().for_each(|mark| drop(mark.send(())));
+            marks.into_iter().for_each(|mark| _ = mark.send(()));
         }
         let missing = dropped.swap(0, Ordering::Relaxed);
         if missing > 0 {
