@@ -324,6 +324,8 @@ models:
   a: {worker: {model: DIR}, aliases: [al]}
   b: {cmd: 'FAKESERVER --port ${PORT}', capabilities: {in: [text, image], out: [text], tools: true, context: 4096}}
   hidden: {worker: {model: DIR}, unlisted: true}
+selectors: {any: {strategy: pin, targets: [a, b]}}
+peers: {far: {proxy: 'http://127.0.0.1:9', models: [x]}}
 apiKeys: [all, {key: only-b, models: [b]}]
 ";
     let swapd = Swapd::start(config);
@@ -338,6 +340,17 @@ apiKeys: [all, {key: only-b, models: [b]}]
             .open("GET", path, &format!("Authorization: Bearer {key}\r\n"), "")
             .finish()
     };
+    let show = |model: &str, key: &str| {
+        let body = json!({ "model": model }).to_string();
+        swapd
+            .open(
+                "POST",
+                "/api/show",
+                &format!("Authorization: Bearer {key}\r\n"),
+                &body,
+            )
+            .finish()
+    };
     let tags = get("/api/tags", "all").json();
     let names: Vec<&str> = tags["models"]
         .as_array()
@@ -345,7 +358,8 @@ apiKeys: [all, {key: only-b, models: [b]}]
         .iter()
         .map(|m| m["name"].as_str().unwrap())
         .collect();
-    assert_eq!(names, ["a", "b"]);
+    assert_eq!(names, ["a", "b", "any", "far/x"]);
+    assert_eq!(show("far/x", "all").json()["capabilities"], json!(["completion"]));
     let a = &tags["models"][0];
     assert_eq!(
         (&a["size"], &a["details"]["family"]),
@@ -359,17 +373,6 @@ apiKeys: [all, {key: only-b, models: [b]}]
             .len(),
         1
     );
-    let show = |model: &str, key: &str| {
-        let body = json!({ "model": model }).to_string();
-        swapd
-            .open(
-                "POST",
-                "/api/show",
-                &format!("Authorization: Bearer {key}\r\n"),
-                &body,
-            )
-            .finish()
-    };
     assert_eq!(
         show("al:latest", "all").json()["model_info"]["qwen3.context_length"],
         99

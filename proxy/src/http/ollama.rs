@@ -1,11 +1,13 @@
 //! Ollama's routes: each is translated, forwarded as the OpenAI request that it stands for, and translated back.
 
+mod lists;
+
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use api_types::error::ApiError;
 use bytes::{Bytes, BytesMut};
@@ -16,7 +18,7 @@ use http::{Request, Response, StatusCode};
 use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
-use lifecycle::{ModelId, State};
+use lifecycle::ModelId;
 use serde_json::{Value, json};
 
 use super::auth::Access;
@@ -26,7 +28,6 @@ use super::{App, error, forward};
 use crate::activity::{ForwardedAt, rfc3339, unix_ms};
 use crate::catalog::Catalog;
 use crate::house::House;
-use crate::ollama::facts::Facts;
 use crate::ollama::reply::{self, Voice};
 use crate::ollama::request::{self, Asked, Generation, KeepAlive, Wanted};
 use crate::ollama::stream::{Part, Translator, error_text};
@@ -37,8 +38,6 @@ use crate::select::Choice;
 const MAX_REPLY: usize = 256 << 20;
 /// Largest error of a model's server that is quoted.
 const MAX_ERROR: usize = 64 << 10;
-/// What stands for "never" where a time of expiry is asked for.
-const NEVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 
 /// One of the routes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,11 +71,11 @@ pub(super) async fn answer(
     let begun = Instant::now();
     let (parts, incoming) = request.into_parts();
     let asked = match call {
-        Call::Tags => return tags(catalog, access).await,
-        Call::Ps => return ps(app, catalog, access).await,
+        Call::Tags => return lists::tags(catalog, access).await,
+        Call::Ps => return lists::ps(app, catalog, access).await,
         Call::Show => {
             let body = forward::read(app, incoming).await?;
-            return show(app, catalog, access, &body).await;
+            return lists::show(app, catalog, access, &body).await;
         }
         Call::Files => return Err(files(parts.uri.path())),
         Call::Chat => request::chat(&forward::read(app, incoming).await?)?,
@@ -476,111 +475,4 @@ fn files(path: &str) -> ApiError {
         "{what} is not supported: swapd's models come from its registry, and it neither fetches nor changes them"
     ));
     ApiError { status: 501, ..error }
-}
-
-/// Reads the files of some models, away from the thread that serves.
-async fn facts(models: Vec<registry::Model>) -> Vec<(registry::Model, Facts)> {
-    let read = || {
-        models.into_iter().map(|m| {
-            let facts = Facts::of(&m, |name| std::env::var(name).ok());
-            (m, facts)
-        })
-    };
-    tokio::task::spawn_blocking(|| read().collect())
-        .await
-        .unwrap_or_default()
-}
-
-fn row(model: &registry::Model, facts: &Facts) -> Value {
-    json!({
-        "name": model.id,
-        "model": model.id,
-        "modified_at": rfc3339(facts.modified_ms),
-        "size": facts.size,
-        "digest": facts.digest(model),
-        "details": facts.details(),
-    })
-}
-
-async fn tags(catalog: &Catalog, access: &Access) -> Result<Response<Body>, ApiError> {
-    let listed = catalog.registry.models.values();
-    let listed = listed
-        .filter(|m| !m.unlisted && access.permits(&m.id, &m.id))
-        .cloned()
-        .collect();
-    let rows: Vec<Value> = facts(listed).await.iter().map(|(m, f)| row(m, f)).collect();
-    Ok(json_reply(&json!({"models": rows})))
-}
-
-async fn ps(app: &App, catalog: &Catalog, access: &Access) -> Result<Response<Body>, ApiError> {
-    let mut loaded = Vec::new();
-    let mut statuses = Vec::new();
-    for (id, status, process) in app.house.statuses() {
-        let Some(model) = catalog.model(&id).filter(|m| access.permits(&m.id, &m.id)) else {
-            continue;
-        };
-        if status.state == State::Ready {
-            loaded.push(model.clone());
-            statuses.push((status, process));
-        }
-    }
-    let now = unix_ms();
-    let rows = facts(loaded).await;
-    let rows = rows
-        .iter()
-        .zip(statuses)
-        .map(|((model, facts), (status, process))| {
-            let mut row = row(model, facts);
-            let never = u64::try_from(NEVER.as_millis()).unwrap_or(u64::MAX);
-            let memory = process.and_then(|p| hostmem::process(*p.pid.get()?).ok());
-            let size = facts.size.max(memory.map_or(0, |m| m.footprint_bytes));
-            if let Some(row) = row.as_object_mut() {
-                row.shift_remove("modified_at");
-                row.insert("size".to_owned(), size.into());
-                row.insert("size_vram".to_owned(), size.into());
-                row.insert(
-                    "expires_at".to_owned(),
-                    rfc3339(now + status.expires_in_ms.unwrap_or(never)).into(),
-                );
-                if let Some(context) = model
-                    .capabilities
-                    .as_ref()
-                    .and_then(|c| c.context)
-                    .or(facts.context())
-                {
-                    row.insert("context_length".to_owned(), context.into());
-                }
-            }
-            row
-        });
-    Ok(json_reply(&json!({"models": rows.collect::<Vec<_>>()})))
-}
-
-async fn show(
-    app: &App,
-    catalog: &Catalog,
-    access: &Access,
-    body: &[u8],
-) -> Result<Response<Body>, ApiError> {
-    let (_, written) = request::object(body)?;
-    let (choice, _) = choose(app, catalog, access, &written)?;
-    let model = choice.model().and_then(|m| catalog.model(m));
-    let model = model.cloned().into_iter().collect();
-    let found = facts(model).await;
-    let Some((model, facts)) = found.first() else {
-        return Err(error::unknown_model(catalog, &written));
-    };
-    let from = facts
-        .dir
-        .as_ref()
-        .map_or_else(|| model.id.clone(), |d| d.display().to_string());
-    Ok(json_reply(&json!({
-        "modelfile": format!("# Made from swapd's registry\nFROM {from}\n"),
-        "parameters": "",
-        "template": facts.template,
-        "details": facts.details(),
-        "model_info": facts.info(),
-        "capabilities": facts.capabilities(model),
-        "modified_at": rfc3339(facts.modified_ms),
-    })))
 }

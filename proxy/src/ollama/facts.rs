@@ -217,10 +217,16 @@ impl Facts {
             "{}\0{:?}\0{}\0{}",
             model.id, model.launch, self.size, self.modified_ms
         );
-        (0..4_u64)
-            .map(|seed| format!("{:016x}", fnv(seed, seen.as_bytes())))
-            .collect()
+        digest_of(&seen)
     }
+}
+
+/// 64 hexadecimal digits that stand for this text. No proof of anything.
+#[must_use]
+pub fn digest_of(text: &str) -> String {
+    (0..4_u64)
+        .map(|seed| format!("{:016x}", fnv(seed, text.as_bytes())))
+        .collect()
 }
 
 /// Fowler, Noll and Vo's hash, 1a, in 64 bits.
