@@ -457,7 +457,7 @@ fn what_cannot_be_loaded_is_named() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     type Case<'a> = (&'a [&'a str], Box<dyn FnOnce(&Path)>, &'a [&'a str]);
-    let cases: [Case<'_>; 11] = [
+    let cases: [Case<'_>; 12] = [
         (&[], Box::new(remove("config.json")), &["config.json"]),
         (
             &[],
@@ -495,6 +495,12 @@ fn what_cannot_be_loaded_is_named() {
             &["--context-length", "999999"],
             Box::new(|_: &Path| {}),
             &["context-length", "999999", "4096"],
+        ),
+        (
+            // None on a CPU.
+            &["--attention", "kernel"],
+            Box::new(|_: &Path| {}),
+            &["--attention kernel", "no kernel"],
         ),
         (&["--port", &port], Box::new(|_: &Path| {}), &["--port", &port]),
     ];

@@ -154,6 +154,9 @@ pub enum StartError {
     /// It does not fit into the memory that the worker may use.
     #[error(transparent)]
     Memory(#[from] DoesNotFit),
+    /// The attention that was insisted on is not to be had.
+    #[error("--attention kernel: {0}")]
+    Attention(&'static str),
     /// The first prefill and decode failed.
     #[error("warm-up: {0}")]
     WarmUp(String),

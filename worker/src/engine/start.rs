@@ -9,7 +9,7 @@ use scheduler::Scheduler;
 use super::memory::{DeviceFacts, DeviceKind, MemoryFacts, MemoryPlan, MemoryWishes, StepShape};
 use super::sampler::Sampler;
 use super::stepper::{DecodeRow, Stepper};
-use super::{Dequantize, EngineConfig, StartError, device, limits};
+use super::{AttentionChoice, Dequantize, EngineConfig, StartError, device, limits};
 use crate::backend::{ModelInfo, SamplingParams};
 use crate::model::config::ModelConfig;
 use crate::model::{LoadOptions, LoadProgress, Model};
@@ -31,6 +31,11 @@ pub(super) fn start(
     config: EngineConfig,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<(Parts, ModelInfo), StartError> {
+    if config.attention == AttentionChoice::Kernel {
+        return Err(StartError::Attention(
+            "there is no kernel for this device; `auto` and `reference` run",
+        ));
+    }
     let runtime = mlx_ext::runtime().map_err(warm_up_error)?;
     tracing::info!(
         version = runtime.version,
