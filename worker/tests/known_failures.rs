@@ -97,7 +97,7 @@ async fn rest(mut generation: Generation) -> Reply {
     let mut reply = Reply::default();
     while let Some(event) = next(&mut generation).await {
         match event {
-            GenerationEvent::Started { cached_tokens } => reply.cached = cached_tokens,
+            GenerationEvent::Started { cached_tokens, .. } => reply.cached = cached_tokens,
             GenerationEvent::Token { id, .. } => reply.tokens.push(id),
             GenerationEvent::Finished { reason, usage } => reply.end = Some((reason, usage)),
             GenerationEvent::Failed(error) => panic!("{error}"),
@@ -264,7 +264,7 @@ async fn an_exact_repeat_computes_next_to_nothing() {
         let before = engine.stats().prefill_tokens;
         let sent = Instant::now();
         let mut generation = engine.submit(request.clone()).unwrap();
-        let Some(GenerationEvent::Started { cached_tokens }) = next(&mut generation).await else {
+        let Some(GenerationEvent::Started { cached_tokens, .. }) = next(&mut generation).await else {
             panic!("no start")
         };
         let mut reply = vec![first_token(&mut generation).await];
@@ -361,7 +361,7 @@ async fn a_long_prompt_holds_nobody_up_for_longer_than_one_part() {
     let mut long = engine.submit(greedy(words(4, 1500), 1)).unwrap();
     assert!(matches!(
         next(&mut long).await,
-        Some(GenerationEvent::Started { cached_tokens: 0 })
+        Some(GenerationEvent::Started { cached_tokens: 0, .. })
     ));
     // What had come before the first part was begun.
     for generation in &mut running {
