@@ -57,6 +57,7 @@ class Bench:
         for _ in range(self.options.rounds):
             bare.append(self.bare(model, streams))
             # Twice as many requests as streams: no stream waits long for the last one.
+            print(f"{streams} streams: bare loop {bare[-1]:.0f} tokens/s", file=sys.stderr)
             reports.append(self.run(ports, "--streams", streams, "--requests", 2 * streams, "--rounds", 1, "--warmup", streams,
                                     "--prompt-tokens", PROMPT, "--tokens", TOKENS))
         rows = {}
