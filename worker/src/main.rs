@@ -65,9 +65,9 @@ fn serve(args: ParsedArgs) -> ExitCode {
 }
 
 const BENCH_USAGE: &str = "mlxworker bench MODEL [--streams N] [--prompt-tokens N] [--tokens N] [--rounds N] \
-                           [--path bare|engine] [flags of serve]";
+                           [--path bare|engine] [--case STREAMS:PROMPT:TOKENS]... [flags of serve]";
 
-/// `mlxworker bench`: prints one JSON object.
+/// `mlxworker bench`: prints one JSON object for each case; without `--case` one, of the other flags.
 fn bench(args: &[String]) -> ExitCode {
     let mut wish = Wish {
         streams: 1,
@@ -76,6 +76,7 @@ fn bench(args: &[String]) -> ExitCode {
         rounds: 3,
     };
     let mut through_engine = false;
+    let mut cases = Vec::new();
     let mut rest = Vec::new();
     let mut args = args.iter();
     while let Some(arg) = args.next() {
@@ -91,6 +92,13 @@ fn bench(args: &[String]) -> ExitCode {
             "--prompt-tokens" => number(&mut wish.prompt_tokens),
             "--tokens" => number(&mut wish.tokens),
             "--rounds" => number(&mut wish.rounds),
+            "--case" => match args.next().and_then(|case| parse_case(case)) {
+                Some(case) => {
+                    cases.push(case);
+                    true
+                }
+                None => false,
+            },
             "--path" => match args.next().map(String::as_str) {
                 Some("bare") => true,
                 Some("engine") => {
@@ -116,7 +124,19 @@ fn bench(args: &[String]) -> ExitCode {
             return ExitCode::from(USAGE);
         }
     };
-    match run_bench(parsed, wish, through_engine) {
+    let wishes: Vec<Wish> = match cases.as_slice() {
+        [] => vec![wish],
+        cases => cases
+            .iter()
+            .map(|&[streams, prompt_tokens, tokens]| Wish {
+                streams,
+                prompt_tokens,
+                tokens,
+                rounds: wish.rounds,
+            })
+            .collect(),
+    };
+    match run_bench(parsed, &wishes, through_engine) {
         Ok(line) => print(&line),
         Err(error) => {
             complain(&format!("{error:#}"));
@@ -125,19 +145,38 @@ fn bench(args: &[String]) -> ExitCode {
     }
 }
 
-fn run_bench(mut args: ParsedArgs, wish: Wish, through_engine: bool) -> anyhow::Result<String> {
-    args.knobs.max_num_seqs = args.knobs.max_num_seqs.max(wish.streams as u64);
+/// `STREAMS:PROMPT:TOKENS`, each at least 1.
+fn parse_case(case: &str) -> Option<[usize; 3]> {
+    let numbers: Vec<usize> = case
+        .split(':')
+        .map(|number| number.parse().ok().filter(|&number| number > 0))
+        .collect::<Option<_>>()?;
+    numbers.try_into().ok()
+}
+
+fn run_bench(mut args: ParsedArgs, wishes: &[Wish], through_engine: bool) -> anyhow::Result<String> {
+    let streams = wishes.iter().map(|wish| wish.streams).max().unwrap_or(1);
+    args.knobs.max_num_seqs = args.knobs.max_num_seqs.max(streams as u64);
     let folder = mlxworker::serve::resolve_model(&args.model, &HubPlaces::from_environment())?;
     let config = mlxworker::serve::engine_config(&args.knobs, folder)?;
     let figures = if through_engine {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
-        runtime.block_on(bench::engine(config, wish))?
+        let mut all = Vec::new();
+        for &wish in wishes {
+            all.push(runtime.block_on(bench::engine(config.clone(), wish))?);
+        }
+        all
     } else {
-        bench::bare(config, wish)?
+        bench::bare(config, wishes)?
     };
-    Ok(serde_json::to_string(&figures)? + "\n")
+    let mut lines = String::new();
+    for figures in &figures {
+        lines += &serde_json::to_string(figures)?;
+        lines.push('\n');
+    }
+    Ok(lines)
 }
 
 /// Under a proxy, on Linux: the kernel ends this process with the thread that started it. Elsewhere, and before this

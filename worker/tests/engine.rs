@@ -231,4 +231,17 @@ async fn replies_in_a_crowded_cache_are_those_given_alone() {
         assert_eq!(alone.len(), 5 + n * 11 % 60);
         assert_eq!(alone, crowded, "request {n}");
     }
+/// Kernels of our own are for GPUs: without one the reference path decodes, and `/status` says why.
+#[tokio::test]
+async fn without_a_gpu_the_reference_path_decodes() {
+    let engine = engine(2, 2).await;
+    let decoding = &engine.info().limits["decoding"];
+    if mlx_ext::Language::of_device().unwrap().is_none() {
+        assert_eq!(decoding["path"], "reference");
+        assert!(decoding["reason"].as_str().unwrap().contains("CPU"), "{decoding}");
+    } else {
+        assert!(decoding["error"].as_f64().unwrap() < 0.1, "{decoding}");
+    }
+    let events = all(engine.submit(request(4, None)).unwrap()).await;
+    assert!(matches!(events.last(), Some(GenerationEvent::Finished { .. })), "{events:?}");
 }

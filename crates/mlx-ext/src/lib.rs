@@ -8,22 +8,28 @@
 //! - [`ops`]: operations missing from mlx-rs, or present there only for types known at compile time;
 //! - `device`: what memory the device has;
 //! - `exit`: ending a process that has used MLX;
+//! - [`kernel`]: kernels of our own, in CUDA and Metal source;
+//! - [`compile`]: graphs built once and replayed;
 //! - `error`: how a failure inside mlx-c becomes an [`mlx_rs::error::Exception`].
 //!
 //! All functions build lazy graphs on the calling thread's default stream, as mlx-rs' own do. MLX is not safe to be
 //! driven from several threads at once: one thread, the engine's, owns all arrays.
 
+pub mod compile;
 mod device;
 mod error;
 mod exit;
+pub mod kernel;
 mod lost;
 pub mod mapped;
 pub mod ops;
 mod prefetch;
 pub mod slab;
 
+pub use compile::Compiled;
 pub use device::{DeviceMemory, device_memory};
 pub use exit::exit_now;
+pub use kernel::{Kernel, Language, Launch, Source};
 pub use lost::LOST_PAGE;
 pub use mapped::{MappedFile, MappedTensor};
 pub use mlx_rs::error::{Exception, Result};

@@ -42,6 +42,19 @@ pub fn gather_mm(
     })
 }
 
+/// `a | b`, bit by bit, of arrays of integers.
+///
+/// # Errors
+///
+/// Shapes or types that do not fit.
+pub fn bitwise_or(a: &Array, b: &Array) -> Result<Array> {
+    let stream = Stream::thread_local_or_default();
+    error::array(|result| {
+        // SAFETY: the handles are alive for the call.
+        unsafe { mlx_sys::mlx_bitwise_or(result, a.as_ptr(), b.as_ptr(), stream.as_ptr()) }
+    })
+}
+
 /// The same bytes read as another element type; the last axis grows or shrinks with the size of an element.
 ///
 /// # Errors

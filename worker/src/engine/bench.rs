@@ -84,37 +84,41 @@ fn figures(
     }
 }
 
-/// The model's own steps.
+/// The model's own steps, for each wish after the other with the model loaded once.
 ///
 /// # Errors
 ///
 /// The model cannot be loaded or run.
-pub fn bare(config: EngineConfig, wish: Wish) -> Result<Figures, StartError> {
+pub fn bare(config: EngineConfig, wishes: &[Wish]) -> Result<Vec<Figures>, StartError> {
     let (block_size, chunk) = (config.block_size, config.prefill_chunk);
     let (parts, info) = start::start(config, &mut |_| {})?;
     let mut stepper = parts.stepper;
-    let each = (wish.prompt_tokens + wish.tokens + 1).div_ceil(block_size);
-    if each * wish.streams * block_size > info.kv_capacity_tokens {
-        return Err(StartError::WarmUp(format!(
-            "{} streams of {} tokens do not fit into the KV cache of {} tokens (--cache-memory-mb)",
-            wish.streams,
-            wish.prompt_tokens + wish.tokens,
-            info.kv_capacity_tokens
-        )));
+    let mut all = Vec::with_capacity(wishes.len());
+    for &wish in wishes {
+        let each = (wish.prompt_tokens + wish.tokens + 1).div_ceil(block_size);
+        if each * wish.streams * block_size > info.kv_capacity_tokens {
+            return Err(StartError::WarmUp(format!(
+                "{} streams of {} tokens do not fit into the KV cache of {} tokens (--cache-memory-mb)",
+                wish.streams,
+                wish.prompt_tokens + wish.tokens,
+                info.kv_capacity_tokens
+            )));
+        }
+        mlx_rs::memory::reset_peak_memory().map_err(|error| failed(&error))?;
+        let mut best: Option<(Duration, Duration)> = None;
+        for round in 0..wish.rounds.max(1) {
+            let prompts: Vec<Vec<u32>> = (0..wish.streams)
+                .map(|stream| prompt(stream, round, wish.prompt_tokens, info.vocab_size))
+                .collect();
+            let times = run(&mut stepper, &prompts, wish.tokens, block_size, chunk).map_err(|error| failed(&error))?;
+            stepper.clear();
+            best = Some(best.map_or(times, |(prefill, decode)| {
+                (prefill.min(times.0), decode.min(times.1))
+            }));
+        }
+        all.push(figures("bare", wish, best.unwrap_or_default(), info.limits.clone()));
     }
-    let mut best: Option<(Duration, Duration)> = None;
-    for round in 0..wish.rounds.max(1) {
-        let prompts: Vec<Vec<u32>> = (0..wish.streams)
-            .map(|stream| prompt(stream, round, wish.prompt_tokens, info.vocab_size))
-            .collect();
-        let times =
-            run(&mut stepper, &prompts, wish.tokens, block_size, chunk).map_err(|error| failed(&error))?;
-        stepper.clear();
-        best = Some(best.map_or(times, |(prefill, decode)| {
-            (prefill.min(times.0), decode.min(times.1))
-        }));
-    }
-    Ok(figures("bare", wish, best.unwrap_or_default(), info.limits))
+    Ok(all)
 }
 
 /// One round: time until all first tokens are there, and from there to the last.

@@ -91,7 +91,8 @@ pub(super) fn start(
         limits: serde_json::Map::new(),
     };
     let storage = model.storage();
-    let mut stepper = Stepper::new(model, positions, config.block_size).map_err(warm_up_error)?;
+    let (mut stepper, kernels) =
+        Stepper::new(model, positions, config.block_size, config.max_running).map_err(warm_up_error)?;
     let before = mlx_rs::memory::active_memory().map_err(warm_up_error)?;
     mlx_rs::memory::reset_peak_memory().map_err(warm_up_error)?;
     warm_up(
@@ -119,6 +120,8 @@ pub(super) fn start(
     info.kv_capacity_tokens = plan.kv_tokens();
     info.kv_capacity_bytes = plan.kv_bytes;
     info.limits = limits(&config, &plan, context_length, options, storage);
+    info.limits
+        .insert("decoding".to_owned(), serde_json::to_value(kernels).unwrap_or_default());
     let most_tokens = context_length.min(cache.capacity_tokens());
     let scheduler = Scheduler::new(scheduler::Config {
         cache,

@@ -12,6 +12,7 @@ use mlx_rs::{Array, ops};
 use super::sampler::{Draw, DrawnLogprobs, History, Parameters, Sampler};
 use crate::backend::TokenLogprobs;
 use crate::model::Model;
+use crate::model::kernels::KernelReport;
 use crate::model::kv::{Chunk, KvSlabs, Move, Row, Rows, Span};
 
 /// Gathering the rows of a step together pays while it reads at most so many positions; a row's own operations cost
@@ -66,9 +67,17 @@ pub(super) struct Landed {
 }
 
 impl Stepper {
-    pub(super) fn new(model: Model, positions: i32, block_size: usize) -> Result<Self> {
-        Ok(Self {
-            kv: model.new_kv(positions)?,
+    /// `most_rows`: those that are stepped together.
+    pub(super) fn new(
+        mut model: Model,
+        positions: i32,
+        block_size: usize,
+        most_rows: usize,
+    ) -> Result<(Self, KernelReport)> {
+        let kv = model.new_kv(positions)?;
+        let report = model.choose_kernels(&kv, int(block_size)?, most_rows);
+        let stepper = Self {
+            kv,
             vocab: model.config().vocab,
             model,
             block_size,
@@ -77,7 +86,8 @@ impl Stepper {
             chunks: Vec::new(),
             chunks_before: Vec::new(),
             parameters: None,
-        })
+        };
+        Ok((stepper, report))
     }
 
     /// Tokens are on their way to be read.
@@ -156,12 +166,14 @@ impl Stepper {
                     position: int(row.position)?,
                     slot: self.flat(block, offset)?,
                     reads: spans(row.table, self.block_size, row.position + 1)?,
+                    blocks: blocks(row.table)?,
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        let places = Rows::new(places, MOST_PADDED);
-        let hidden = self.model.decode(&tokens, &places, &self.kv)?;
-        let logits = self.model.logits(&hidden)?;
+        // Kernels gather nothing.
+        let most_padded = if self.model.has_kernels() { 0 } else { MOST_PADDED };
+        let places = Rows::new(places, most_padded);
+        let logits = self.model.step(&tokens, &places, &self.kv)?;
         if self.parameters.as_ref().is_none_or(|(known, _)| *known != ids) {
             let shared: Vec<&Sampler> = samplers.iter().map(|sampler| &**sampler).collect();
             self.parameters = Some((ids.clone(), Parameters::new(&shared, self.vocab)?));
@@ -322,6 +334,12 @@ fn spans(table: &[BlockId], block_size: usize, length: usize) -> Result<Vec<Span
         )));
     }
     Ok(spans)
+}
+
+/// A block table as kernels read it.
+fn blocks(table: &[BlockId]) -> Result<Vec<i32>> {
+    let number = |block: &BlockId| i32::try_from(block.0).map_err(|_| Exception::custom("a block out of range"));
+    table.iter().map(number).collect()
 }
 
 /// Appends a span, to the last one when it follows that immediately.

@@ -8,6 +8,7 @@ use mlx_rs::{Array, ops};
 
 use super::LoadError;
 use super::config::{ModelConfig, Rope};
+use super::kernels::AttentionWeights;
 use super::kv::{Chunk, LayerSlabs, Rows, Span, read};
 use super::layers::{Linear, RmsNorm};
 use super::weights::Weights;
@@ -56,6 +57,18 @@ impl Attention {
             head_dim,
             rope: config.rope,
             scale: 1.0 / (head_dim as f32).sqrt(),
+        })
+    }
+
+    /// Its weights, for kernels, if they have the shape that these know.
+    pub(super) fn kernel_weights(&self) -> Option<AttentionWeights> {
+        Some(AttentionWeights {
+            query: self.query.unbiased()?,
+            key: self.key.unbiased()?,
+            value: self.value.unbiased()?,
+            query_gain: self.query_norm.gain(),
+            key_gain: self.key_norm.gain(),
+            output: self.output.unbiased()?,
         })
     }
 

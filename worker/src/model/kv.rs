@@ -43,6 +43,7 @@ pub struct LayerSlabs {
 pub struct KvSlabs {
     layers: Vec<LayerSlabs>,
     positions: i32,
+    dtype: Dtype,
 }
 
 impl KvSlabs {
@@ -63,6 +64,7 @@ impl KvSlabs {
         Ok(Self {
             layers: (0..layers).map(layer).collect::<Result<_>>()?,
             positions,
+            dtype,
         })
     }
 
@@ -70,6 +72,12 @@ impl KvSlabs {
     #[must_use]
     pub fn positions(&self) -> i32 {
         self.positions
+    }
+
+    /// Type of keys and values.
+    #[must_use]
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
     }
 
     /// Bytes of all slabs.
@@ -130,6 +138,7 @@ pub struct Rows {
     first_slot: i32,
     /// Where those of each whole sequence lie, the new token included.
     reads: Vec<Vec<Span>>,
+    blocks: Vec<Vec<i32>>,
     padded: Option<Padded>,
 }
 
@@ -152,6 +161,8 @@ pub struct Row {
     pub slot: i32,
     /// Where the whole sequence's lie, the new token included, in token order.
     pub reads: Vec<Span>,
+    /// The sequence's blocks, for kernels.
+    pub blocks: Vec<i32>,
 }
 
 impl Rows {
@@ -166,15 +177,30 @@ impl Rows {
         };
         let (positions, slots) = (column(|row| row.position), column(|row| row.slot));
         let first_slot = rows.first().map_or(0, |row| row.slot);
-        let reads: Vec<Vec<Span>> = rows.into_iter().map(|row| row.reads).collect();
+        let (reads, blocks): (Vec<Vec<Span>>, _) = rows.into_iter().map(|row| (row.reads, row.blocks)).unzip();
         let padded = Padded::new(&reads, most_padded);
         Self {
             positions,
             slots,
             first_slot,
             reads,
+            blocks,
             padded,
         }
+    }
+
+    /// The rows' blocks: `[rows, width]`, int32, filled up with zeros. The width is a power of two, so that a growing
+    /// sequence changes it seldom: a graph that MLX keeps is one for each shape.
+    pub(super) fn tables(&self) -> Array {
+        let longest = self.blocks.iter().map(Vec::len).max().unwrap_or(0);
+        let width = longest.max(16).next_power_of_two();
+        let mut tables = vec![0; width * self.blocks.len()];
+        for (row, blocks) in tables.chunks_exact_mut(width).zip(&self.blocks) {
+            for (place, &block) in row.iter_mut().zip(blocks) {
+                *place = block;
+            }
+        }
+        Array::from_slice(&tables, &[self.count(), i32::try_from(width).unwrap_or(i32::MAX)])
     }
 
     pub(super) fn count(&self) -> i32 {

@@ -9,7 +9,7 @@ use super::config::{Affine, ModelConfig};
 use super::weights::Weights;
 
 /// A matrix (or a stack of them), one row an output: plain or quantised.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum Matrix {
     /// `[..., outputs, inputs]`.
     Plain(Array),
@@ -167,6 +167,11 @@ impl Linear {
         Ok(Self { matrix, bias })
     }
 
+    /// The matrix, unless there is a bias.
+    pub(super) fn unbiased(&self) -> Option<Matrix> {
+        self.bias.is_none().then(|| self.matrix.clone())
+    }
+
     pub(super) fn apply(&self, x: &Array) -> Result<Array> {
         let product = self.matrix.apply(x)?;
         match &self.bias {
@@ -194,6 +199,10 @@ impl RmsNorm {
             weight: weights.float(&format!("{path}.weight"), &[width])?,
             eps: config.norm_eps,
         })
+    }
+
+    pub(super) fn gain(&self) -> Array {
+        self.weight.clone()
     }
 
     pub(super) fn apply(&self, x: &Array) -> Result<Array> {

@@ -8,12 +8,14 @@
 //! | `attention` | grouped-query attention over the cache                                         |
 //! | `moe`       | the mixture of experts                                                         |
 //! | `qwen3`     | Qwen3 and Qwen3-MoE                                                            |
+//! | `kernels`   | kernels of our own for decoding                                                |
 //! | `kv`        | keys and values of all sequences                                               |
 //!
 //! Everything here belongs to the engine's thread: arrays are built and evaluated nowhere else.
 
 mod attention;
 pub mod config;
+pub mod kernels;
 pub mod kv;
 mod layers;
 mod moe;
@@ -26,6 +28,7 @@ use mlx_rs::Array;
 use thiserror::Error;
 
 use config::ModelConfig;
+use kernels::{KernelDecoder, KernelReport};
 use kv::{Chunk, KvSlabs, Rows};
 use weights::{Storage, Weights};
 
@@ -102,6 +105,8 @@ pub struct LoadOptions {
 pub struct Model {
     config: ModelConfig,
     decoder: qwen3::Decoder,
+    /// What steps several sequences by one token, where it has passed its test.
+    kernels: Option<KernelDecoder>,
     weight_bytes: u64,
     storage: Storage,
 }
@@ -124,6 +129,7 @@ impl Model {
         Ok(Self {
             config,
             decoder,
+            kernels: None,
             weight_bytes: weights.bytes(),
             storage: weights.storage(),
         })
@@ -185,6 +191,44 @@ impl Model {
     /// MLX's own.
     pub fn decode(&self, tokens: &Array, rows: &Rows, kv: &KvSlabs) -> mlx_rs::error::Result<Array> {
         self.decoder.decode(tokens, rows, kv)
+    }
+
+    /// Decides whether kernels of our own step the sequences of `kv`, by a test on this device; `block`: positions of a block,
+    /// `rows`: the most that are stepped together. Call it before anything is kept in `kv`.
+    pub fn choose_kernels(&mut self, kv: &KvSlabs, block: i32, rows: usize) -> KernelReport {
+        let (kernels, report) = kernels::choose(self, kv, block, rows);
+        tracing::info!(
+            path = report.path,
+            reason = report.reason,
+            error = report.error,
+            reference_ms = report.reference_ms,
+            kernels_ms = report.kernels_ms,
+            "decoding"
+        );
+        self.kernels = kernels;
+        report
+    }
+
+    /// Kernels of our own step the sequences.
+    #[must_use]
+    pub fn has_kernels(&self) -> bool {
+        self.kernels.is_some()
+    }
+
+    fn kernel_weights(&self) -> Option<kernels::Weights> {
+        self.decoder.kernel_weights()
+    }
+
+    /// Scores of the next token of each of several sequences after `tokens`: `[1, rows]` to `[rows, vocabulary]`.
+    ///
+    /// # Errors
+    ///
+    /// MLX's own.
+    pub fn step(&self, tokens: &Array, rows: &Rows, kv: &KvSlabs) -> mlx_rs::error::Result<Array> {
+        match &self.kernels {
+            Some(kernels) => kernels.scores(tokens, rows.positions(), &rows.tables()),
+            None => self.logits(&self.decode(tokens, rows, kv)?),
+        }
     }
 
     /// Scores of the token after each of `hidden`: `[1, length, hidden]` to `[length, vocabulary]`.

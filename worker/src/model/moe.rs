@@ -6,6 +6,7 @@ use mlx_rs::{Array, ops};
 
 use super::LoadError;
 use super::config::{ModelConfig, Moe};
+use super::kernels::Feed;
 use super::layers::{Linear, Matrix, swiglu};
 use super::weights::Weights;
 
@@ -45,6 +46,18 @@ impl Experts {
             active: moe.active,
             experts,
             normalise: moe.normalise,
+        })
+    }
+
+    /// Its weights, for kernels.
+    pub(super) fn kernel_weights(&self) -> Option<Feed> {
+        Some(Feed::Experts {
+            router: self.router.unbiased()?,
+            gate: self.gate.clone(),
+            up: self.up.clone(),
+            down: self.down.clone(),
+            choices: self.active,
+            normalise: self.normalise,
         })
     }
 

@@ -9,6 +9,7 @@ use mlx_rs::{Array, Dtype};
 use super::LoadError;
 use super::attention::Attention;
 use super::config::ModelConfig;
+use super::kernels;
 use super::kv::{Chunk, KvSlabs, LayerSlabs, Rows};
 use super::layers::{Linear, Matrix, RmsNorm, swiglu};
 use super::moe::Experts;
@@ -63,6 +64,20 @@ impl Decoder {
         self.embedding.dtype()
     }
 
+    /// The weights, for kernels, if they have the shape that these know.
+    pub(super) fn kernel_weights(&self) -> Option<kernels::Weights> {
+        Some(kernels::Weights {
+            embedding: self.embedding.clone(),
+            layers: self
+                .layers
+                .iter()
+                .map(Layer::kernel_weights)
+                .collect::<Option<Vec<_>>>()?,
+            gain: self.norm.gain(),
+            head: self.head.as_ref().unwrap_or(&self.embedding).clone(),
+        })
+    }
+
     /// `tokens`: `[1, length]`. Returns hidden states `[1, length, hidden]` and the slabs' arrays with the chunk in them.
     pub(super) fn prefill(
         &self,
@@ -111,6 +126,15 @@ impl Decoder {
 }
 
 impl Layer {
+    fn kernel_weights(&self) -> Option<kernels::LayerWeights> {
+        Some(kernels::LayerWeights {
+            attention_gain: self.attention_norm.gain(),
+            attention: self.attention.kernel_weights()?,
+            feed_gain: self.feed_forward_norm.gain(),
+            feed: self.feed_forward.kernel_weights()?,
+        })
+    }
+
     fn load(
         config: &ModelConfig,
         weights: &mut Weights,
@@ -153,6 +177,17 @@ impl Layer {
 }
 
 impl FeedForward {
+    fn kernel_weights(&self) -> Option<kernels::Feed> {
+        match self {
+            Self::Dense { gate, up, down } => Some(kernels::Feed::Dense {
+                gate: gate.unbiased()?,
+                up: up.unbiased()?,
+                down: down.unbiased()?,
+            }),
+            Self::Experts(experts) => experts.kernel_weights(),
+        }
+    }
+
     fn forward(&self, x: &Array) -> Result<Array> {
         match self {
             Self::Dense { gate, up, down } => down.apply(&swiglu(&gate.apply(x)?, &up.apply(x)?)?),

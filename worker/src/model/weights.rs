@@ -36,6 +36,7 @@ pub struct Weights {
     bytes: u64,
     storage: Storage,
     expand: bool,
+    on_cuda: bool,
 }
 
 #[derive(Debug)]
@@ -62,6 +63,7 @@ impl Weights {
         options: LoadOptions,
         progress: &mut dyn FnMut(LoadProgress),
     ) -> Result<Self, LoadError> {
+        let on_cuda = mlx_ext::Language::of_device()? == Some(mlx_ext::Language::Cuda);
         let files = list(folder)?;
         let total = bytes(folder)?;
         let mut weights = Self {
@@ -72,11 +74,13 @@ impl Weights {
             bytes: total,
             storage: Storage::default(),
             expand: options.expand,
+            on_cuda,
         };
         let mut done = 0;
         progress(LoadProgress { done, total });
         for path in files {
-            let shard = Shard::open(path, options.mapped)?;
+            // Elsewhere than on Metal an array over a file is a copy of all of it; CUDA's tensors get memory of their own.
+            let shard = Shard::open(path, options.mapped && !on_cuda)?;
             for name in shard.metadata.tensors().into_keys() {
                 weights.places.insert(name, weights.shards.len());
             }
@@ -133,6 +137,7 @@ impl Weights {
             return Err(self.missing(name));
         };
         let (array, copied) = shard.tensor(name, shape, types)?;
+        let array = if self.on_cuda { to_device(&array)? } else { array };
         let bytes = array.nbytes() as u64;
         let kind = if copied {
             &mut self.storage.copied_bytes
@@ -394,6 +399,24 @@ impl Shard {
         let array = copy(bytes, dtype, element, shape).map_err(|failure| error(failure.what().to_owned()))?;
         Ok((array, true))
     }
+}
+
+/// The same bits in the device's own memory, at an address that suits 16-byte loads. CUDA's arrays over host data lie in
+/// memory that moves between host and device, at any address within a file.
+fn to_device(array: &Array) -> mlx_rs::error::Result<Array> {
+    let plain = match array.dtype() {
+        Dtype::Float16 | Dtype::Bfloat16 => Dtype::Uint16,
+        _ => Dtype::Uint32,
+    };
+    let bits = mlx_ext::ops::view(array, plain)?;
+    bits.eval()?;
+    // An operation's result is allocated on the device; `bits` is kept, so that it is not the one reused.
+    let moved = mlx_ext::ops::bitwise_or(&bits, &mlx_rs::ops::zeros_dtype(&[1], plain)?)?;
+    moved.eval()?;
+    drop(bits);
+    let found = mlx_ext::ops::view(&moved, array.dtype())?;
+    found.eval()?;
+    Ok(found)
 }
 
 /// An array of its own from a file's bytes, which may lie at any address.

@@ -1,0 +1,306 @@
+//! Whether kernels are used: decided at start, by a test against the reference path on the very device, model and cache.
+
+use std::time::{Duration, Instant};
+
+use mlx_rs::error::{Exception, Result};
+use mlx_rs::ops::indexing::argmax_axis;
+use mlx_rs::transforms::{async_eval, eval};
+use mlx_rs::{Array, Dtype};
+use serde::Serialize;
+
+use super::decode::KernelDecoder;
+use super::{Made, Unfit, unfit};
+use crate::model::Model;
+use crate::model::kv::{Chunk, KvSlabs, Row, Rows, Span};
+
+/// Steps that are timed, after one that is not.
+const STEPS: usize = 4;
+
+/// What decodes, and what decided it.
+#[derive(Debug, Clone, Serialize)]
+pub struct KernelReport {
+    /// `kernels` or `reference`.
+    pub path: &'static str,
+    /// Why.
+    pub reason: String,
+    /// The largest relative difference of a row's scores from the reference path's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<f32>,
+    /// Milliseconds a step with the reference path.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reference_ms: Option<f64>,
+    /// Milliseconds a step with the kernels.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kernels_ms: Option<f64>,
+    /// Rows of the steps that were compared.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rows: Option<usize>,
+}
+
+impl KernelReport {
+    /// The reference path, for a reason.
+    #[must_use]
+    pub fn reference(reason: impl Into<String>) -> Self {
+        Self {
+            path: "reference",
+            reason: reason.into(),
+            error: None,
+            reference_ms: None,
+            kernels_ms: None,
+            rows: None,
+        }
+    }
+}
+
+/// The kernels if they give what the reference path gives, and faster. Writes to the first blocks of `kv`, whose contents
+/// nobody may rely on yet. `rows`: the most that are stepped together.
+pub(in crate::model) fn choose(
+    model: &Model,
+    kv: &KvSlabs,
+    block: i32,
+    rows: usize,
+) -> (Option<KernelDecoder>, KernelReport) {
+    match test(model, kv, block, rows) {
+        Ok((kernels, report)) => (kernels, report),
+        Err(error) => {
+            let failed = matches!(error, Unfit::Mlx(_));
+            let report = KernelReport::reference(error.to_string());
+            if failed {
+                tracing::warn!(reason = report.reason, "kernels failed their test");
+            }
+            (None, report)
+        }
+    }
+}
+
+fn test(
+    model: &Model,
+    kv: &KvSlabs,
+    block: i32,
+    rows: usize,
+) -> Made<(Option<KernelDecoder>, KernelReport)> {
+    if mlx_ext::Language::of_device()?.is_none() {
+        return Err(unfit("no kernels for the CPU"));
+    }
+    let weights = model
+        .kernel_weights()
+        .ok_or_else(|| unfit("no kernels for this architecture"))?;
+    let kernels = KernelDecoder::new(model.config(), weights, kv, block)?;
+    let prompts = prompts(kv.positions(), block, rows);
+    if prompts.is_empty() {
+        return Err(unfit("the cache is too small for the test"));
+    }
+    let vocab = model.config().vocab;
+    let mut tokens = Vec::with_capacity(prompts.len());
+    for (place, prompt) in (0..).zip(&prompts) {
+        prefill(model, kv, prompt, place, vocab)?;
+        tokens.push((place * 977 + 13) % vocab);
+    }
+    let tokens = Array::from_slice(&tokens, &[1, int(tokens.len())?]);
+    let mut error = 0.0_f32;
+    // The kernels for each number of rows are compiled here, and not when somebody waits for them.
+    let all = prompts.len();
+    for count in [1, 2, 4, all].into_iter().filter(|&count| count <= all) {
+        let some = mlx_ext::ops::slice(&tokens, &[0, 0], &[1, int(count)?])?;
+        let step = step(prompts.get(..count).unwrap_or_default(), 0);
+        let expected = reference(model, kv, &some, &step)?.as_type::<f32>()?;
+        // Evaluated first: the kernels write to the cache unseen by MLX.
+        expected.eval()?;
+        let found = kernels
+            .scores(&some, step.positions(), &step.tables())?
+            .as_type::<f32>()?;
+        error = error.max(difference(&found, &expected)?);
+    }
+    let most = if kv.dtype() == Dtype::Float32 { 1e-3 } else { 0.1 };
+    let reference_ms = time(&prompts, &tokens, |tokens, step| {
+        reference(model, kv, tokens, step)
+    })?;
+    let kernels_ms = time(&prompts, &tokens, |tokens, step| {
+        kernels.scores(tokens, step.positions(), &step.tables())
+    })?;
+    let right = error <= most;
+    let faster = kernels_ms < reference_ms;
+    let report = KernelReport {
+        path: if right && faster { "kernels" } else { "reference" },
+        reason: match (right, faster) {
+            (false, _) => format!("the kernels' results differ by {error}, at most {most} may be"),
+            (true, false) => "the kernels are slower here".to_owned(),
+            (true, true) => "the kernels are right and faster here".to_owned(),
+        },
+        error: Some(error),
+        reference_ms: Some(reference_ms),
+        kernels_ms: Some(kernels_ms),
+        rows: Some(prompts.len()),
+    };
+    Ok(((right && faster).then_some(kernels), report))
+}
+
+/// A sequence of the test: its blocks, in its order, and its length.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Prompt {
+    blocks: Vec<i32>,
+    /// Positions of a block.
+    block: i32,
+    length: i32,
+}
+
+/// Sequences of different lengths, at block borders and beside them, whose blocks lie in up to three pieces.
+fn prompts(positions: i32, block: i32, rows: usize) -> Vec<Prompt> {
+    let lengths = [300, block, 63, 64, 1, 2 * block + 1, 130, 700];
+    let steps = i32::try_from(STEPS).unwrap_or(i32::MAX);
+    let mut left = positions / block.max(1);
+    let mut prompts: Vec<Prompt> = Vec::new();
+    for length in lengths.into_iter().cycle().take(rows.clamp(1, 8)) {
+        let needed = (length + steps + 2 + block - 1) / block;
+        if needed > left {
+            continue;
+        }
+        prompts.push(Prompt {
+            blocks: in_pieces(left - needed, needed),
+            block,
+            length,
+        });
+        left -= needed;
+    }
+    prompts
+}
+
+/// The blocks `first..first + count`, the last third first. The reference path takes each piece by itself: a sequence
+/// whose blocks all lie apart would keep it busy for seconds.
+fn in_pieces(first: i32, count: i32) -> Vec<i32> {
+    let third = (count + 2) / 3;
+    let mut pieces: Vec<Vec<i32>> = (0..3)
+        .map(|n| (first + n * third..(first + (n + 1) * third).min(first + count)).collect())
+        .collect();
+    pieces.reverse();
+    pieces.concat()
+}
+
+fn prefill(model: &Model, kv: &KvSlabs, prompt: &Prompt, seed: i32, vocab: i32) -> Result<()> {
+    let tokens: Vec<i32> = (0..prompt.length)
+        .map(|n| (n * 131 + seed * 7919 + 5) % vocab)
+        .collect();
+    let spans = spans(prompt, prompt.length);
+    let chunk = Chunk {
+        start: 0,
+        writes: &spans,
+        reads: &spans,
+    };
+    let (_, written) = model.prefill(&Array::from_slice(&tokens, &[1, prompt.length]), &chunk, kv)?;
+    eval(&written)
+}
+
+/// The slab positions of a prompt's first `length` tokens.
+fn spans(prompt: &Prompt, length: i32) -> Vec<Span> {
+    let block = prompt.block;
+    let mut spans: Vec<Span> = Vec::new();
+    let mut left = length;
+    for &number in &prompt.blocks {
+        if left <= 0 {
+            break;
+        }
+        let (start, length) = (number * block, left.min(block));
+        match spans.last_mut() {
+            Some(Span { start: first, length: all }) if *first + *all == start => *all += length,
+            _ => spans.push(Span { start, length }),
+        }
+        left -= block;
+    }
+    spans
+}
+
+/// The step after `done` others.
+fn step(prompts: &[Prompt], done: i32) -> Rows {
+    let row = |prompt: &Prompt| {
+        let position = prompt.length + done;
+        let reads = spans(prompt, position + 1);
+        let slot = reads.last().map_or(0, |span| span.start + span.length - 1);
+        Row {
+            position,
+            slot,
+            reads,
+            blocks: prompt.blocks.clone(),
+        }
+    };
+    Rows::new(prompts.iter().map(row).collect(), 8192)
+}
+
+fn reference(model: &Model, kv: &KvSlabs, tokens: &Array, step: &Rows) -> Result<Array> {
+    model.logits(&model.decode(tokens, step, kv)?)
+}
+
+/// The largest relative difference of a row, infinite when a score is not a number.
+fn difference(found: &Array, expected: &Array) -> Result<f32> {
+    let size = |array: &Array| array.square()?.sum_axis(-1, false)?.sqrt();
+    let ratio = size(&found.subtract(expected)?)?.divide(size(expected)?)?;
+    let rows = ratio
+        .to_vec_cast::<f32>()
+        .map_err(|error| Exception::custom(error.to_string()))?;
+    let finite = |row: f32| if row.is_finite() { row } else { f32::INFINITY };
+    Ok(rows.into_iter().map(finite).fold(0.0, f32::max))
+}
+
+/// Milliseconds a step, each built while the one before runs, as the engine does.
+fn time(
+    prompts: &[Prompt],
+    tokens: &Array,
+    mut scores: impl FnMut(&Array, &Rows) -> Result<Array>,
+) -> Result<f64> {
+    let mut tokens = tokens.clone();
+    let mut started = Instant::now();
+    let mut took = Duration::ZERO;
+    for done in 0..=STEPS {
+        let step = step(prompts, int(done)?);
+        let next = argmax_axis(&scores(&tokens, &step)?, -1, false)?.reshape(&[1, -1])?;
+        async_eval([&next])?;
+        tokens.eval()?;
+        if done == 0 {
+            next.eval()?;
+            started = Instant::now();
+        }
+        tokens = next;
+        took = started.elapsed();
+    }
+    tokens.eval()?;
+    Ok(took.max(started.elapsed()).as_secs_f64() * 1e3 / STEPS as f64)
+}
+
+fn int(number: usize) -> Result<i32> {
+    i32::try_from(number).map_err(|_| Exception::custom(format!("{number} is too large for MLX")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tests_sequences_share_no_block() {
+        for (positions, block, rows) in [(16_384, 16, 8), (1024, 32, 4), (4096, 16, 1), (64, 16, 8)] {
+            let prompts = prompts(positions, block, rows);
+            assert!(!prompts.is_empty() && prompts.len() <= rows);
+            let mut seen: Vec<i32> = prompts.iter().flat_map(|prompt| prompt.blocks.clone()).collect();
+            let all = seen.len();
+            seen.sort_unstable();
+            seen.dedup();
+            assert_eq!(seen.len(), all);
+            assert!(seen.iter().all(|&number| number >= 0 && (number + 1) * block <= positions));
+            for prompt in &prompts {
+                let room = i32::try_from(prompt.blocks.len()).unwrap() * block;
+                assert!(room > prompt.length + i32::try_from(STEPS).unwrap());
+                let length: i32 = spans(prompt, prompt.length).iter().map(|span| span.length).sum();
+                assert_eq!(length, prompt.length);
+            }
+        }
+        assert!(prompts(16, 16, 4).is_empty());
+    }
+
+    #[test]
+    fn a_difference_is_relative_and_knows_what_is_no_number() {
+        let expected = Array::from_slice(&[3.0_f32, 4.0, 0.0, 1.0], &[2, 2]);
+        let found = Array::from_slice(&[3.0_f32, 4.5, 0.0, 1.0], &[2, 2]);
+        assert!((difference(&found, &expected).unwrap() - 0.1).abs() < 1e-6);
+        assert_eq!(difference(&expected, &expected).unwrap(), 0.0);
+        let broken = Array::from_slice(&[3.0_f32, f32::NAN, 0.0, 1.0], &[2, 2]);
+        assert_eq!(difference(&broken, &expected).unwrap(), f32::INFINITY);
+    }
+}
