@@ -231,6 +231,8 @@ async fn replies_in_a_crowded_cache_are_those_given_alone() {
         assert_eq!(alone.len(), 5 + n * 11 % 60);
         assert_eq!(alone, crowded, "request {n}");
     }
+}
+
 /// Kernels of our own are for GPUs: without one the reference path decodes, and `/status` says why.
 #[tokio::test]
 async fn without_a_gpu_the_reference_path_decodes() {
@@ -243,5 +245,8 @@ async fn without_a_gpu_the_reference_path_decodes() {
         assert!(decoding["error"].as_f64().unwrap() < 0.1, "{decoding}");
     }
     let events = all(engine.submit(request(4, None)).unwrap()).await;
-    assert!(matches!(events.last(), Some(GenerationEvent::Finished { .. })), "{events:?}");
+    assert!(
+        matches!(events.last(), Some(GenerationEvent::Finished { .. })),
+        "{events:?}"
+    );
 }

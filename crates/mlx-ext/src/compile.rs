@@ -47,7 +47,11 @@ impl Compiled {
         // SAFETY: `call` and `release` take back what Box::into_raw gives here; MLX calls `release` once, when the last copy
         // of the closure is gone.
         let plain = unsafe {
-            mlx_sys::mlx_closure_new_func_payload(Some(call), Box::into_raw(payload).cast::<c_void>(), Some(release))
+            mlx_sys::mlx_closure_new_func_payload(
+                Some(call),
+                Box::into_raw(payload).cast::<c_void>(),
+                Some(release),
+            )
         };
         let plain = Closure(plain);
         // SAFETY: makes an empty closure for the result.
@@ -68,9 +72,8 @@ impl Compiled {
         let inputs = Arrays::of(inputs);
         let mut outputs = Arrays::empty();
         // SAFETY: all handles are alive for the call.
-        let done = error::check(|| unsafe {
-            mlx_sys::mlx_closure_apply(&mut outputs.0, self.closure, inputs.0)
-        });
+        let done =
+            error::check(|| unsafe { mlx_sys::mlx_closure_apply(&mut outputs.0, self.closure, inputs.0) });
         match self.failure.0.take() {
             Some(own) => Err(own),
             None => done.and_then(|()| outputs.take()),
@@ -148,7 +151,10 @@ mod tests {
             let outputs = compiled
                 .apply(&[&Array::from_slice(&[n, n], &[2]), &one])
                 .unwrap();
-            assert_eq!(outputs[0].to_vec_cast::<f32>().unwrap(), [2.0 * n + 1.0, 3.0 * n + 1.0]);
+            assert_eq!(
+                outputs[0].to_vec_cast::<f32>().unwrap(),
+                [2.0 * n + 1.0, 3.0 * n + 1.0]
+            );
             assert_eq!(outputs[1].to_vec_cast::<f32>().unwrap(), [2.0 * n, 3.0 * n]);
         }
         assert_eq!(runs.get(), 1);
@@ -161,11 +167,13 @@ mod tests {
 
     #[test]
     fn a_failure_is_the_functions_own() {
-        let compiled = Compiled::new(|inputs: &[Array]| {
-            inputs[0].matmul(&inputs[1]).map(|product| vec![product])
-        })
-        .unwrap();
-        let (a, b) = (Array::from_slice(&[1.0_f32; 6], &[2, 3]), Array::from_slice(&[1.0_f32; 6], &[2, 3]));
+        let compiled =
+            Compiled::new(|inputs: &[Array]| inputs[0].matmul(&inputs[1]).map(|product| vec![product]))
+                .unwrap();
+        let (a, b) = (
+            Array::from_slice(&[1.0_f32; 6], &[2, 3]),
+            Array::from_slice(&[1.0_f32; 6], &[2, 3]),
+        );
         let error = compiled.apply(&[&a, &b]).unwrap_err();
         assert!(error.what().contains("matmul"), "{}", error.what());
         // And it works again for what fits.

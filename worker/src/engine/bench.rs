@@ -110,13 +110,19 @@ pub fn bare(config: EngineConfig, wishes: &[Wish]) -> Result<Vec<Figures>, Start
             let prompts: Vec<Vec<u32>> = (0..wish.streams)
                 .map(|stream| prompt(stream, round, wish.prompt_tokens, info.vocab_size))
                 .collect();
-            let times = run(&mut stepper, &prompts, wish.tokens, block_size, chunk).map_err(|error| failed(&error))?;
+            let times = run(&mut stepper, &prompts, wish.tokens, block_size, chunk)
+                .map_err(|error| failed(&error))?;
             stepper.clear();
             best = Some(best.map_or(times, |(prefill, decode)| {
                 (prefill.min(times.0), decode.min(times.1))
             }));
         }
-        all.push(figures("bare", wish, best.unwrap_or_default(), info.limits.clone()));
+        all.push(figures(
+            "bare",
+            wish,
+            best.unwrap_or_default(),
+            info.limits.clone(),
+        ));
     }
     Ok(all)
 }

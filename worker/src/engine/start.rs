@@ -120,8 +120,10 @@ pub(super) fn start(
     info.kv_capacity_tokens = plan.kv_tokens();
     info.kv_capacity_bytes = plan.kv_bytes;
     info.limits = limits(&config, &plan, context_length, options, storage);
-    info.limits
-        .insert("decoding".to_owned(), serde_json::to_value(kernels).unwrap_or_default());
+    info.limits.insert(
+        "decoding".to_owned(),
+        serde_json::to_value(kernels).unwrap_or_default(),
+    );
     let most_tokens = context_length.min(cache.capacity_tokens());
     let scheduler = Scheduler::new(scheduler::Config {
         cache,

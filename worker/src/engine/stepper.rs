@@ -338,7 +338,8 @@ fn spans(table: &[BlockId], block_size: usize, length: usize) -> Result<Vec<Span
 
 /// A block table as kernels read it.
 fn blocks(table: &[BlockId]) -> Result<Vec<i32>> {
-    let number = |block: &BlockId| i32::try_from(block.0).map_err(|_| Exception::custom("a block out of range"));
+    let number =
+        |block: &BlockId| i32::try_from(block.0).map_err(|_| Exception::custom("a block out of range"));
     table.iter().map(number).collect()
 }
 

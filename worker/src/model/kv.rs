@@ -177,7 +177,8 @@ impl Rows {
         };
         let (positions, slots) = (column(|row| row.position), column(|row| row.slot));
         let first_slot = rows.first().map_or(0, |row| row.slot);
-        let (reads, blocks): (Vec<Vec<Span>>, _) = rows.into_iter().map(|row| (row.reads, row.blocks)).unzip();
+        let (reads, blocks): (Vec<Vec<Span>>, _) =
+            rows.into_iter().map(|row| (row.reads, row.blocks)).unzip();
         let padded = Padded::new(&reads, most_padded);
         Self {
             positions,

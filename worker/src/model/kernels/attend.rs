@@ -85,7 +85,16 @@ impl Attend {
             .float("ROPE_BASE", f64::from(rope.theta).log2())
             .float("SCALE", 1.0 / f64::from(head_dim).sqrt());
         let inputs = [
-            "q", "k", "v", "q_gain", "k_gain", "positions", "tables", "keys", "values", "tickets",
+            "q",
+            "k",
+            "v",
+            "q_gain",
+            "k_gain",
+            "positions",
+            "tables",
+            "keys",
+            "values",
+            "tickets",
         ];
         // CUDA's groups put their shares together themselves.
         let outputs: &[&str] = match language {
@@ -125,7 +134,9 @@ impl Attend {
     pub(super) fn apply(&self, joined: &Array, gains: [&Array; 2], places: Places<'_>) -> Result<Array> {
         let rows = joined.dim(0);
         if rows > MOST_ROWS {
-            return Err(Exception::custom(format!("{rows} rows in a step, at most {MOST_ROWS}")));
+            return Err(Exception::custom(format!(
+                "{rows} rows in a step, at most {MOST_ROWS}"
+            )));
         }
         let [query_gain, key_gain] = gains;
         let threads = WARPS * 32;

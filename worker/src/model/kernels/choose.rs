@@ -73,12 +73,7 @@ pub(in crate::model) fn choose(
     }
 }
 
-fn test(
-    model: &Model,
-    kv: &KvSlabs,
-    block: i32,
-    rows: usize,
-) -> Made<(Option<KernelDecoder>, KernelReport)> {
+fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<KernelDecoder>, KernelReport)> {
     if mlx_ext::Language::of_device()?.is_none() {
         return Err(unfit("no kernels for the CPU"));
     }
@@ -201,7 +196,10 @@ fn spans(prompt: &Prompt, length: i32) -> Vec<Span> {
         }
         let (start, length) = (number * block, left.min(block));
         match spans.last_mut() {
-            Some(Span { start: first, length: all }) if *first + *all == start => *all += length,
+            Some(Span {
+                start: first,
+                length: all,
+            }) if *first + *all == start => *all += length,
             _ => spans.push(Span { start, length }),
         }
         left -= block;
@@ -283,7 +281,10 @@ mod tests {
             seen.sort_unstable();
             seen.dedup();
             assert_eq!(seen.len(), all);
-            assert!(seen.iter().all(|&number| number >= 0 && (number + 1) * block <= positions));
+            assert!(
+                seen.iter()
+                    .all(|&number| number >= 0 && (number + 1) * block <= positions)
+            );
             for prompt in &prompts {
                 let room = i32::try_from(prompt.blocks.len()).unwrap() * block;
                 assert!(room > prompt.length + i32::try_from(STEPS).unwrap());

@@ -89,7 +89,12 @@ impl KernelDecoder {
     }
 
     /// `tokens`: `[1, rows]`; `positions`: `[rows]`, int32; `tables`: `[rows, width]`, int32. Returns `[rows, vocabulary]`.
-    pub(in crate::model) fn scores(&self, tokens: &Array, positions: &Array, tables: &Array) -> Result<Array> {
+    pub(in crate::model) fn scores(
+        &self,
+        tokens: &Array,
+        positions: &Array,
+        tables: &Array,
+    ) -> Result<Array> {
         self.graph
             .apply(&[tokens, positions, tables])?
             .pop()
@@ -113,8 +118,15 @@ struct Network {
 
 #[derive(Debug)]
 enum FeedKernels {
-    Dense { open: Project, close: Project },
-    Experts { router: Project, open: Project, close: Project },
+    Dense {
+        open: Project,
+        close: Project,
+    },
+    Experts {
+        router: Project,
+        open: Project,
+        close: Project,
+    },
 }
 
 impl Network {
@@ -131,16 +143,24 @@ impl Network {
                     Project::new(&format!("joined{index}"), Role::Normalised { eps }, &parts, dtype)
                 })?,
                 output.place(signature(&[&attention.output]), |index| {
-                    Project::new(&format!("output{index}"), Role::Added, &[&attention.output], dtype)
+                    Project::new(
+                        &format!("output{index}"),
+                        Role::Added,
+                        &[&attention.output],
+                        dtype,
+                    )
                 })?,
-                feeds.place(layer.feed.signature(), |index| layer.feed.kernels(index, eps, dtype))?,
+                feeds.place(layer.feed.signature(), |index| {
+                    layer.feed.kernels(index, eps, dtype)
+                })?,
             ]);
         }
         let head = Project::new("head", Role::Normalised { eps }, &[&weights.head], dtype)?;
         if slabs.layers().len() != weights.layers.len() {
             return Err(unfit("a cache of another number of layers"));
         }
-        let slabs_of = |layer: &crate::model::kv::LayerSlabs| [layer.keys.array().clone(), layer.values.array().clone()];
+        let slabs_of =
+            |layer: &crate::model::kv::LayerSlabs| [layer.keys.array().clone(), layer.values.array().clone()];
         Ok(Self {
             attend: Attend::new(config, slabs.positions(), block, dtype)?,
             slabs: slabs.layers().iter().map(slabs_of).collect(),
@@ -162,9 +182,11 @@ impl Network {
         }
         for ((layer, [keys, values]), kinds) in self.weights.layers.iter().zip(&self.slabs).zip(&self.kinds) {
             let [joined, output, feed] = *kinds;
-            let (Some(joined), Some(output), Some(feed)) =
-                (self.joined.get(joined), self.output.get(output), self.feeds.get(feed))
-            else {
+            let (Some(joined), Some(output), Some(feed)) = (
+                self.joined.get(joined),
+                self.output.get(output),
+                self.feeds.get(feed),
+            ) else {
                 return Err(Exception::custom("a layer without kernels"));
             };
             let mut inputs = vec![&x, &layer.attention_gain];
@@ -179,9 +201,9 @@ impl Network {
                 keys,
                 values,
             };
-            let mixed = self
-                .attend
-                .apply(&projected, [&attention.query_gain, &attention.key_gain], places)?;
+            let mixed =
+                self.attend
+                    .apply(&projected, [&attention.query_gain, &attention.key_gain], places)?;
             x = output.one(&with_residual(&mixed, &[], &attention.output, &x), rows)?;
             x = feed.apply(layer, &x, rows)?;
         }
@@ -192,7 +214,12 @@ impl Network {
 }
 
 /// Inputs of a product that adds to a residual.
-fn with_residual<'a>(x: &'a Array, others: &[&'a Array], matrix: &'a Matrix, residual: &'a Array) -> Vec<&'a Array> {
+fn with_residual<'a>(
+    x: &'a Array,
+    others: &[&'a Array],
+    matrix: &'a Matrix,
+    residual: &'a Array,
+) -> Vec<&'a Array> {
     let mut inputs = vec![x];
     inputs.extend(others);
     inputs.extend(arrays(matrix));
@@ -305,11 +332,7 @@ impl<T> Default for Kept<T> {
 }
 
 impl<T> Kept<T> {
-    fn place(
-        &mut self,
-        signature: String,
-        make: impl FnOnce(usize) -> Made<T>,
-    ) -> Made<usize> {
+    fn place(&mut self, signature: String, make: impl FnOnce(usize) -> Made<T>) -> Made<usize> {
         if let Some(known) = self.signatures.iter().position(|known| *known == signature) {
             return Ok(known);
         }
