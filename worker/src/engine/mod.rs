@@ -156,7 +156,7 @@ pub enum StartError {
     Memory(#[from] DoesNotFit),
     /// The attention that was insisted on is not to be had.
     #[error("--attention kernel: {0}")]
-    Attention(&'static str),
+    Attention(String),
     /// The first prefill and decode failed.
     #[error("warm-up: {0}")]
     WarmUp(String),

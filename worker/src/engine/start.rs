@@ -31,11 +31,6 @@ pub(super) fn start(
     config: EngineConfig,
     progress: &mut dyn FnMut(LoadProgress),
 ) -> Result<(Parts, ModelInfo), StartError> {
-    if config.attention == AttentionChoice::Kernel {
-        return Err(StartError::Attention(
-            "there is no kernel for this device; `auto` and `reference` run",
-        ));
-    }
     let runtime = mlx_ext::runtime().map_err(warm_up_error)?;
     tracing::info!(
         version = runtime.version,
@@ -91,8 +86,12 @@ pub(super) fn start(
         limits: serde_json::Map::new(),
     };
     let storage = model.storage();
+    let kernel_rows = (config.attention != AttentionChoice::Reference).then_some(config.max_running);
     let (mut stepper, kernels) =
-        Stepper::new(model, positions, config.block_size, config.max_running).map_err(warm_up_error)?;
+        Stepper::new(model, positions, config.block_size, kernel_rows).map_err(warm_up_error)?;
+    if config.attention == AttentionChoice::Kernel && kernels.path != "kernels" {
+        return Err(StartError::Attention(kernels.reason));
+    }
     let before = mlx_rs::memory::active_memory().map_err(warm_up_error)?;
     mlx_rs::memory::reset_peak_memory().map_err(warm_up_error)?;
     warm_up(

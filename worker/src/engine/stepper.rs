@@ -67,15 +67,18 @@ pub(super) struct Landed {
 }
 
 impl Stepper {
-    /// `most_rows`: those that are stepped together.
+    /// `kernel_rows`: how many rows kernels have to serve at most; without it the reference path decodes.
     pub(super) fn new(
         mut model: Model,
         positions: i32,
         block_size: usize,
-        most_rows: usize,
+        kernel_rows: Option<usize>,
     ) -> Result<(Self, KernelReport)> {
         let kv = model.new_kv(positions)?;
-        let report = model.choose_kernels(&kv, int(block_size)?, most_rows);
+        let report = match kernel_rows {
+            Some(rows) => model.choose_kernels(&kv, int(block_size)?, rows),
+            None => KernelReport::reference("asked for"),
+        };
         let stepper = Self {
             kv,
             vocab: model.config().vocab,
