@@ -2,10 +2,14 @@
 import contextlib
 import http.client
 import pathlib
+import signal
 import socket
 import subprocess
 import sys
 import time
+
+# Ended from outside, a benchmark still ends what it has started.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def free_port() -> int:
