@@ -433,7 +433,7 @@ mod tests {
         let value = |bits: u32| f32::from_bits(bits | 0x3f80_0000);
         for q in 0..16_u32 {
             for i in 0..8_u32 {
-                let word = q << (4 * i) | (!0_u32 & !(15 << (4 * i)));
+                let word = q << (4 * i) | !(15 << (4 * i));
                 let moved = if i < 5 {
                     word << (19 - 4 * i)
                 } else {
@@ -444,7 +444,7 @@ mod tests {
         }
         for q in 0..256_u32 {
             for i in 0..4_u32 {
-                let (at, word) = (8 * i, q << (8 * i) | (!0_u32 & !(255 << (8 * i))));
+                let (at, word) = (8 * i, q << (8 * i) | !(255 << (8 * i)));
                 let moved = if at < 15 {
                     word << (15 - at)
                 } else {
