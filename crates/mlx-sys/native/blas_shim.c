@@ -14,3 +14,7 @@ extern char *scipy_openblas_get_config(void);
 
 // Also the reference that keeps this library linked (--as-needed drops what nobody names).
 const char *mlx_sys_blas_config(void) { return scipy_openblas_get_config(); }
+
+extern void scipy_openblas_set_num_threads(int count);
+
+void mlx_sys_blas_threads(int count) { scipy_openblas_set_num_threads(count); }

@@ -45,6 +45,25 @@ pub fn blas() -> String {
     })
 }
 
+/// How many threads multiply a matrix on the CPU. False where that is not ours to say: it is OpenBLAS's only.
+pub fn set_blas_threads(count: usize) -> bool {
+    #[cfg(openblas)]
+    {
+        unsafe extern "C" {
+            fn mlx_sys_blas_threads(count: std::ffi::c_int);
+        }
+        let count = std::ffi::c_int::try_from(count.max(1)).unwrap_or(std::ffi::c_int::MAX);
+        // SAFETY: OpenBLAS takes any positive number, at any time.
+        unsafe { mlx_sys_blas_threads(count) };
+        return true;
+    }
+    #[cfg(not(openblas))]
+    {
+        let _ = count;
+        false
+    }
+}
+
 /// mlx-rs seeds its random generator with this macOS clock; elsewhere the time of day in nanoseconds does as well.
 #[cfg(not(target_os = "macos"))]
 #[unsafe(no_mangle)]

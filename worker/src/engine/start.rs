@@ -38,6 +38,7 @@ pub(super) fn start(
         blas = runtime.cpu_blas,
         "MLX"
     );
+    blas_threads(runtime.device);
     let device = device::facts().map_err(warm_up_error)?;
     let model_config = ModelConfig::read(&config.model.join("config.json"))?;
     let known = model_config.max_positions;
@@ -140,6 +141,20 @@ pub(super) fn start(
         stepper,
     };
     Ok((parts, info))
+}
+
+/// On the CPU, matrices get half of the cores unless `OPENBLAS_NUM_THREADS` says otherwise. A token's products are small, and
+/// OpenBLAS's threads wait for each other by spinning: where a core is busy with anything else, a step takes ten times as
+/// long with all cores as with one (docs/benchmarks.md).
+fn blas_threads(device: &str) {
+    if device != "cpu" || std::env::var_os("OPENBLAS_NUM_THREADS").is_some() {
+        return;
+    }
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let threads = (cores / 2).max(1);
+    if mlx_sys::set_blas_threads(threads) {
+        tracing::info!(threads, "OpenBLAS");
+    }
 }
 
 /// What the weights will take in memory.
