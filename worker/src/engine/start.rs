@@ -14,6 +14,9 @@ use crate::backend::{ModelInfo, SamplingParams};
 use crate::model::config::ModelConfig;
 use crate::model::{LoadOptions, LoadProgress, Model};
 
+/// Fewest bytes of kept buffers, however small the model's steps are.
+const BUFFERS_LEAST: u64 = 64 << 20;
+
 /// What the engine's loop is made of.
 pub(super) struct Parts {
     pub(super) most_tokens: usize,
@@ -105,11 +108,19 @@ pub(super) fn start(
     let peak = mlx_rs::memory::peak_memory().map_err(warm_up_error)?;
     // Attention that writes its scores out is not driven to its longest context here, which could take minutes.
     let seen = peak.saturating_sub(before) as u64;
-    let plan = if shape.fused_attention {
-        plan.measured(seen)?
+    let largest = if shape.fused_attention {
+        seen
     } else {
-        plan.measured(seen.max(shape.estimate()))?
+        seen.max(shape.estimate())
     };
+    // Kept buffers serve the next steps: what several of the largest ones take is plenty, and MLX fills whatever it is given.
+    let wishes = MemoryWishes {
+        buffer_cache_bytes: wishes
+            .buffer_cache_bytes
+            .min(largest.saturating_mul(4).max(BUFFERS_LEAST)),
+        ..wishes
+    };
+    let plan = MemoryPlan::new(&facts, &wishes)?.measured(largest)?;
     device::apply(&plan).map_err(warm_up_error)?;
     tracing::info!("memory: {plan}");
 
