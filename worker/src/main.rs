@@ -27,19 +27,23 @@ fn main() -> ExitCode {
     }
 }
 
-fn serve(args: ParsedArgs) -> ExitCode {
-    if let Err(error) = mlxworker::serve::environment::apply(&args.knobs) {
-        complain(&format!("cannot start again with MLX's variables set: {error}"));
-        return ExitCode::FAILURE;
-    }
-    let filter =
-        EnvFilter::try_from_env("RUST_LOG").unwrap_or_else(|_| EnvFilter::new(&args.knobs.log_level));
+/// Log lines go to standard error.
+fn log(level: &str) {
+    let filter = EnvFilter::try_from_env("RUST_LOG").unwrap_or_else(|_| EnvFilter::new(level));
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(colours)
         .init();
+}
+
+fn serve(args: ParsedArgs) -> ExitCode {
+    if let Err(error) = mlxworker::serve::environment::apply(&args.knobs) {
+        complain(&format!("cannot start again with MLX's variables set: {error}"));
+        return ExitCode::FAILURE;
+    }
+    log(&args.knobs.log_level);
     for warning in &args.warnings {
         tracing::warn!("{warning}");
     }
@@ -156,6 +160,7 @@ fn parse_case(case: &str) -> Option<[usize; 3]> {
 
 fn run_bench(mut args: ParsedArgs, wishes: &[Wish], through_engine: bool) -> anyhow::Result<String> {
     let streams = wishes.iter().map(|wish| wish.streams).max().unwrap_or(1);
+    log(&args.knobs.log_level);
     args.knobs.max_num_seqs = args.knobs.max_num_seqs.max(streams as u64);
     let folder = mlxworker::serve::resolve_model(&args.model, &HubPlaces::from_environment())?;
     let config = mlxworker::serve::engine_config(&args.knobs, folder)?;
