@@ -77,7 +77,7 @@ impl Stepper {
         let kv = model.new_kv(positions)?;
         let report = match kernel_rows {
             Some(rows) => model.choose_kernels(&kv, int(block_size)?, rows),
-            None => KernelReport::reference("asked for"),
+            None => KernelReport::reference("no kernels asked for"),
         };
         let stepper = Self {
             kv,
