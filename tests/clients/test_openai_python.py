@@ -83,7 +83,8 @@ def test_streamed_chat_equals_the_whole_reply(client):
 
 
 def test_a_seed_makes_sampling_repeatable(client):
-    sampled = {"temperature": 1.0, "top_p": 1.0, "max_tokens": 24, "extra_body": endless() | {"max_tokens": 24, "top_k": 0}}
+    # Hot: kept from ending, the model is sure of how to count on, and four seeds of a cooler draw may agree.
+    sampled = {"temperature": 2.0, "top_p": 1.0, "max_tokens": 24, "extra_body": endless() | {"max_tokens": 24, "top_k": 0}}
     texts = {seed: ask(client, COUNT, seed=seed, **sampled).choices[0].message.content for seed in range(4)}
     assert ask(client, COUNT, seed=2, **sampled).choices[0].message.content == texts[2]
     assert len(set(texts.values())) > 1, "the seed has no influence"
