@@ -162,8 +162,8 @@ pub(super) fn start(
 }
 
 /// On the CPU, matrices get half of the cores unless `OPENBLAS_NUM_THREADS` says otherwise. A token's products are small, and
-/// OpenBLAS's threads wait for each other by spinning: where a core is busy with anything else, a step takes ten times as
-/// long with all cores as with one (docs/benchmarks.md).
+/// OpenBLAS's threads wait for each other by spinning: where a core is busy with anything else, a step takes several
+/// times as long with all cores as with one (docs/benchmarks.md).
 fn blas_threads(device: &str) {
     if device != "cpu" || std::env::var_os("OPENBLAS_NUM_THREADS").is_some() {
         return;
