@@ -365,6 +365,38 @@ peers: {{gpu: {{proxy: 'http://127.0.0.1:{}', models: [there]}}}}
     assert_eq!(swapd.chat("best", "").json()["pid"], here);
 }
 
+#[test]
+fn whoever_stands_in_for_a_peer_has_to_be_permitted() {
+    let config = format!(
+        "
+apiKeys: [all, {{key: some, models: [gpu/there]}}, {{key: named, models: [best]}}]
+models: {{here: {{worker: {{model: DIR}}}}}}
+selectors: {{best: {{strategy: spillover, targets: [here, gpu/there], settings: {{spillover: 1}}}}}}
+peers: {{gpu: {{proxy: 'http://127.0.0.1:{}', models: [there]}}}}
+",
+        free_port()
+    );
+    let swapd = Swapd::start(&config);
+    let open = |key: &str, more: &str| {
+        let key = format!("x-api-key: {key}\r\n");
+        swapd.open("POST", "/v1/chat/completions", &key, &chat_body("best", more))
+    };
+    let mut busy = open("all", r#""stream":true,"events":1000,"gap_ms":10"#);
+    busy.chunk().unwrap();
+    // The model of this machine is full, and the peer cannot be reached.
+    let refused = open("some", "").finish();
+    let (_, code) = refused.error();
+    assert!(
+        ["peer_unreachable", "peer_down"].contains(&code.as_str()),
+        "{refused:?}"
+    );
+    assert_eq!(
+        open("named", "").finish().status,
+        200,
+        "the selector itself is permitted"
+    );
+}
+
 fn busy_pid(swapd: &Swapd) -> Value {
     swapd.running()[0]["pid"].clone()
 }

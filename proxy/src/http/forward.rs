@@ -40,6 +40,7 @@ fn is_hop_by_hop(name: &HeaderName) -> bool {
             | "trailer"
             | "transfer-encoding"
             | "upgrade"
+            | "http2-settings"
     )
 }
 
@@ -67,7 +68,7 @@ pub(super) async fn by_name(
     request: Request<Incoming>,
 ) -> Result<Response<Body>, ApiError> {
     let find = |name: &str| choose(app, catalog, access, name);
-    if websocket::is_upgrade(request.headers()) {
+    if websocket::is_upgrade(request.method(), request.headers()) {
         let choice = find(&extract::from_query(request.uri().query())?)?;
         let path = routes::upstream_path(path_of(request.uri()));
         return match choice.to {
@@ -104,6 +105,8 @@ pub(super) fn choose(app: &App, catalog: &Catalog, access: &Access, name: &str) 
     let profile = app.profile.lock().clone();
     let choice = select::follow(catalog, profile.as_deref(), name, |m| app.house.status(m));
     let mut choice = choice.map_err(|e| e.to_error(catalog, name))?;
+    // Whoever stands in for peers that do not answer has to be permitted like them.
+    choice.otherwise = choice.otherwise.filter(|(model, _)| access.permits(model, name));
     if permitted(&mut choice.to, access, name) {
         Ok(choice)
     } else {
@@ -227,24 +230,22 @@ pub(super) async fn by_path(
         .path()
         .strip_prefix("/upstream/")
         .unwrap_or_default();
-    // An id may hold slashes, as they are or encoded; what follows it stays as the client wrote it.
-    let unslashed = raw.replace("%2F", "/").replace("%2f", "/");
-    let pinned = pinned_path(app, catalog, &unslashed)?;
-    let asked = unslashed.len();
-    let unslashed = pinned.unwrap_or(unslashed);
-    let Some((mut to, rest)) = catalog.resolve_prefix(&unslashed) else {
-        return Err(error::unknown_model(
-            catalog,
-            raw.split('/').next().unwrap_or_default(),
-        ));
+    // An id may hold anything, encoded or not; what follows it stays as the client wrote it.
+    let decoded = routes::decode(raw);
+    let pinned = pinned_path(app, catalog, &decoded)?;
+    let asked = decoded.len();
+    let decoded = pinned.unwrap_or(decoded);
+    let Some((mut to, rest)) = catalog.resolve_prefix(&decoded) else {
+        let first = raw.split('/').next().unwrap_or_default();
+        return Err(error::unknown_model(catalog, &routes::decode(first)));
     };
-    let name = unslashed.strip_suffix(rest).unwrap_or_default();
+    let name = decoded.strip_suffix(rest).unwrap_or_default();
     if !permitted(&mut to, access, name) {
         return Err(error::not_permitted(name));
     }
     let written = as_written(raw, asked.saturating_sub(rest.len()));
     let query = request.uri().query().map(|q| format!("?{q}")).unwrap_or_default();
-    let upgrade = websocket::is_upgrade(request.headers());
+    let upgrade = websocket::is_upgrade(request.method(), request.headers());
     if upgrade && !rest.is_empty() {
         let path = format!("{written}{query}");
         let path = path
@@ -295,19 +296,19 @@ fn named_in_body(parts: &Parts, path: &PathAndQuery, body: &Bytes) -> Option<Pla
     extract::from_body(kind, body).ok().map(|(_, place)| place)
 }
 
-/// What follows the first `name` bytes of `raw`, where an encoded slash counts as one byte. It begins with a slash, and
-/// escapes in it stay.
+/// What follows the first `name` bytes of `raw`, where an escape counts as the one byte that it stands for. It begins
+/// with a slash, and escapes in it stay.
 fn as_written(raw: &str, name: usize) -> String {
-    let escaped = |s: &str| s.starts_with("%2F") || s.starts_with("%2f");
-    let mut rest = raw;
+    let mut at = 0;
     for _ in 0..name {
-        let width = if escaped(rest) { 3 } else { 1 };
-        rest = rest.get(width..).unwrap_or_default();
+        let rest = raw.as_bytes().get(at..).unwrap_or_default();
+        at += if routes::escaped(rest).is_some() { 3 } else { 1 };
     }
-    if escaped(rest) {
-        return format!("/{}", rest.get(3..).unwrap_or_default());
+    let rest = raw.get(at..).unwrap_or_default();
+    match routes::escaped(rest.as_bytes()) {
+        Some(b'/') => format!("/{}", rest.get(3..).unwrap_or_default()),
+        _ => rest.to_owned(),
     }
-    rest.to_owned()
 }
 
 /// The path with its first name replaced where the active profile pins that name.
@@ -566,6 +567,8 @@ mod tests {
             ("m/files/a%2Fb%2fc", 1, "/files/a%2Fb%2fc"),
             ("org%2Fm/files/a%2Fb", 5, "/files/a%2Fb"),
             ("org%2Fm%2ffiles/a%2Fb", 5, "/files/a%2Fb"),
+            ("a%3Ab%c3%a9/%20", 5, "/%20"),
+            ("50%/x%2", 3, "/x%2"),
             ("org/m", 5, ""),
             ("m", 9, ""),
         ] {

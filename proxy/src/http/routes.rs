@@ -227,17 +227,23 @@ pub fn is_ollamas(path: &str) -> bool {
     speaks_ollama(path) || path.starts_with("/v1/") || ["/", "/api/version"].contains(&path)
 }
 
+/// The byte that an escape (`%XX`) at the beginning of `text` stands for.
+#[must_use]
+pub fn escaped(text: &[u8]) -> Option<u8> {
+    let digit = |b: u8| char::from(b).to_digit(16).and_then(|d| u8::try_from(d).ok());
+    match text {
+        [b'%', high, low, ..] => Some(digit(*high)? << 4 | digit(*low)?),
+        _ => None,
+    }
+}
+
 /// Resolves `%XX`; what is malformed stays as it is.
 #[must_use]
 pub fn decode(text: &str) -> String {
     let mut out = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();
     while let [first, tail @ ..] = rest {
-        let hex = tail
-            .first_chunk::<2>()
-            .filter(|_| *first == b'%')
-            .and_then(|h| std::str::from_utf8(h).ok());
-        match hex.and_then(|h| u8::from_str_radix(h, 16).ok()) {
+        match escaped(rest) {
             Some(byte) => {
                 out.push(byte);
                 rest = tail.get(2..).unwrap_or_default();

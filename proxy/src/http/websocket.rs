@@ -7,7 +7,7 @@ use api_types::error::ApiError;
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::uri::PathAndQuery;
-use http::{HeaderMap, Request, Response, StatusCode};
+use http::{HeaderMap, Method, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
 use lifecycle::{ModelId, State};
@@ -20,14 +20,20 @@ use super::forward::{prefixed, tidy_request};
 use crate::house::{Lease, Wire};
 use crate::process::Process;
 
-/// Whether the client asks for another protocol on its connection.
+/// Whether the client asks for a WebSocket on its connection. Other protocols that clients offer (`h2c`, with any
+/// request) are declined by answering as if nothing had been said, as RFC 9110 has it.
 #[must_use]
-pub fn is_upgrade(headers: &HeaderMap) -> bool {
-    let connection = headers
-        .get(header::CONNECTION)
-        .and_then(|v| v.to_str().ok())
-        .unwrap_or_default();
-    headers.contains_key(header::UPGRADE) && connection.to_ascii_lowercase().contains("upgrade")
+pub fn is_upgrade(method: &Method, headers: &HeaderMap) -> bool {
+    let Some(asked) = headers.get(header::UPGRADE) else {
+        return false;
+    };
+    let among = |value: Option<&HeaderValue>, wanted: &str| {
+        let list = value.and_then(|v| v.to_str().ok()).unwrap_or_default();
+        list.split(',').any(|one| one.trim().eq_ignore_ascii_case(wanted))
+    };
+    *method == Method::GET
+        && among(Some(asked), "websocket")
+        && among(headers.get(header::CONNECTION), "upgrade")
 }
 
 /// What keeps the process while the connection lasts.
@@ -94,11 +100,7 @@ pub(super) async fn forward(
     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
         let status = response.status();
         let message = format!("the server of model '{model}' did not upgrade the connection: {status}");
-        return Err(ApiError {
-            status: 502,
-            ..ApiError::internal(message)
-        }
-        .with_code("upgrade_refused"));
+        return Err(error::bad_gateway("upgrade_refused", message));
     }
     let downstream = hyper::upgrade::on(&mut request);
     let (parts, body) = response.into_parts();
@@ -122,4 +124,24 @@ pub(super) async fn forward(
         }
     });
     Ok(Response::from_parts(parts, Body::empty()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_websocket_is_an_upgrade() {
+        let asks = |method: Method, connection: &'static str, protocol: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::CONNECTION, HeaderValue::from_static(connection));
+            headers.insert(header::UPGRADE, HeaderValue::from_static(protocol));
+            is_upgrade(&method, &headers)
+        };
+        assert!(asks(Method::GET, "Upgrade", "websocket"));
+        assert!(asks(Method::GET, "keep-alive, upgrade", "h2c, WebSocket"));
+        assert!(!asks(Method::GET, "Upgrade, HTTP2-Settings", "h2c"));
+        assert!(!asks(Method::POST, "Upgrade", "websocket"));
+        assert!(!asks(Method::GET, "close", "websocket"));
+    }
 }
