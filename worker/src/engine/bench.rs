@@ -43,6 +43,9 @@ pub struct Figures {
     pub tokens_per_second: f64,
     /// Milliseconds from one token of a stream to its next.
     pub step_ms: f64,
+    /// Milliseconds of them in which the host builds and issues the step; the rest is waiting for the device. Bare only.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub host_ms: Option<f64>,
     /// Prompt tokens a second, until every stream has its first token.
     pub prefill_tokens_per_second: f64,
     /// Most bytes that MLX held at once.
@@ -63,12 +66,39 @@ fn prompt(stream: usize, round: usize, length: usize, vocab: usize) -> Vec<u32> 
     (0..length).map(|_| random.u32(1..most)).collect()
 }
 
+/// How long the parts of a round took.
+#[derive(Debug, Clone, Copy)]
+struct Times {
+    /// Until all first tokens were there.
+    prefill: Duration,
+    /// From there to the last token.
+    decode: Duration,
+    /// Of that, what the host needed to issue the steps.
+    host: Option<Duration>,
+}
+
+impl Times {
+    /// The best of each, of this round and those before.
+    fn best(self, before: Option<Self>) -> Self {
+        before.map_or(self, |before| Self {
+            prefill: before.prefill.min(self.prefill),
+            decode: before.decode.min(self.decode),
+            host: self.host.min(before.host),
+        })
+    }
+}
+
 fn figures(
     path: &'static str,
     wish: Wish,
-    (prefill, decode): (Duration, Duration),
+    times: Times,
     limits: serde_json::Map<String, serde_json::Value>,
 ) -> Figures {
+    let Times {
+        prefill,
+        decode,
+        host,
+    } = times;
     let steps = wish.tokens.saturating_sub(1).max(1) as f64;
     let streams = wish.streams as f64;
     Figures {
@@ -78,6 +108,7 @@ fn figures(
         tokens: wish.tokens,
         tokens_per_second: streams * steps / decode.as_secs_f64(),
         step_ms: decode.as_secs_f64() * 1e3 / steps,
+        host_ms: host.map(|host| host.as_secs_f64() * 1e3 / steps),
         prefill_tokens_per_second: streams * wish.prompt_tokens as f64 / prefill.as_secs_f64(),
         peak_bytes: mlx_rs::memory::peak_memory().unwrap_or_default(),
         limits,
@@ -105,7 +136,7 @@ pub fn bare(config: EngineConfig, wishes: &[Wish]) -> Result<Vec<Figures>, Start
             )));
         }
         mlx_rs::memory::reset_peak_memory().map_err(|error| failed(&error))?;
-        let mut best: Option<(Duration, Duration)> = None;
+        let mut best: Option<Times> = None;
         for round in 0..wish.rounds.max(1) {
             let prompts: Vec<Vec<u32>> = (0..wish.streams)
                 .map(|stream| prompt(stream, round, wish.prompt_tokens, info.vocab_size))
@@ -113,16 +144,10 @@ pub fn bare(config: EngineConfig, wishes: &[Wish]) -> Result<Vec<Figures>, Start
             let times = run(&mut stepper, &prompts, wish.tokens, block_size, chunk)
                 .map_err(|error| failed(&error))?;
             stepper.clear();
-            best = Some(best.map_or(times, |(prefill, decode)| {
-                (prefill.min(times.0), decode.min(times.1))
-            }));
+            best = Some(times.best(best));
         }
-        all.push(figures(
-            "bare",
-            wish,
-            best.unwrap_or_default(),
-            info.limits.clone(),
-        ));
+        let best = best.ok_or_else(|| StartError::WarmUp("no rounds".to_owned()))?;
+        all.push(figures("bare", wish, best, info.limits.clone()));
     }
     Ok(all)
 }
@@ -134,7 +159,7 @@ fn run(
     tokens: usize,
     block_size: usize,
     chunk: usize,
-) -> Result<(Duration, Duration), Exception> {
+) -> Result<Times, Exception> {
     let length = prompts.first().map_or(0, Vec::len);
     let each = (length + tokens + 1).div_ceil(block_size);
     let tables: Vec<Vec<BlockId>> = (0..prompts.len())
@@ -159,7 +184,9 @@ fn run(
         }
     }
     let mut first = None;
+    let mut host = Duration::ZERO;
     for step in 1..tokens {
+        let issuing = Instant::now();
         stepper.begin();
         let position = length + step - 1;
         let rows: Vec<DecodeRow<'_>> = (0..)
@@ -175,6 +202,9 @@ fn run(
             .collect();
         let mut samplers: Vec<&mut Sampler> = samplers.iter_mut().collect();
         stepper.decode(&rows, &mut samplers)?;
+        if first.is_some() {
+            host += issuing.elapsed();
+        }
         for (_, read) in stepper.read() {
             read?;
         }
@@ -185,7 +215,11 @@ fn run(
         read?;
     }
     let first = first.unwrap_or_else(Instant::now);
-    Ok((first - started, first.elapsed()))
+    Ok(Times {
+        prefill: first - started,
+        decode: first.elapsed(),
+        host: Some(host),
+    })
 }
 
 /// Through the engine's handle, as the HTTP layer uses it.
@@ -196,7 +230,7 @@ fn run(
 pub async fn engine(config: EngineConfig, wish: Wish) -> Result<Figures, StartError> {
     let engine = Engine::start(config, |_| {}).await?;
     let vocab = engine.info().vocab_size;
-    let mut best: Option<(Duration, Duration)> = None;
+    let mut best: Option<Times> = None;
     for round in 0..wish.rounds.max(1) {
         let started = Instant::now();
         let mut generations = Vec::new();
@@ -231,11 +265,13 @@ pub async fn engine(config: EngineConfig, wish: Wish) -> Result<Figures, StartEr
             }
         }
         let first = first.unwrap_or(started);
-        let times = (first - started, first.elapsed());
-        best = Some(best.map_or(times, |(prefill, decode)| {
-            (prefill.min(times.0), decode.min(times.1))
-        }));
+        let times = Times {
+            prefill: first - started,
+            decode: first.elapsed(),
+            host: None,
+        };
+        best = Some(times.best(best));
     }
-    let limits = engine.info().limits.clone();
-    Ok(figures("engine", wish, best.unwrap_or_default(), limits))
+    let best = best.ok_or_else(|| StartError::WarmUp("no rounds".to_owned()))?;
+    Ok(figures("engine", wish, best, engine.info().limits.clone()))
 }

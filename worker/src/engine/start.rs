@@ -90,14 +90,7 @@ pub(super) fn start(
         limits: serde_json::Map::new(),
     };
     let storage = model.storage();
-    // Those for experts have not passed their test on any device yet, and on the one tried it did not end in two minutes
-    // (docs/adr/decode-kernels.md): only who asks for them gets them.
-    let kernels_wanted = match config.attention {
-        AttentionChoice::Reference => false,
-        AttentionChoice::Auto => model_config.moe.is_none(),
-        AttentionChoice::Kernel => true,
-    };
-    let kernel_rows = kernels_wanted.then_some(config.max_running);
+    let kernel_rows = (config.attention != AttentionChoice::Reference).then_some(config.max_running);
     let (mut stepper, kernels) =
         Stepper::new(model, positions, config.block_size, kernel_rows).map_err(warm_up_error)?;
     if config.attention == AttentionChoice::Kernel && kernels.path != "kernels" {
