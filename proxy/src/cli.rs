@@ -24,6 +24,7 @@ use crate::performance::{self, Performance};
 use crate::process::supervise;
 use crate::reload::Reloader;
 use crate::tls::{self, Shown};
+use crate::watched::Contents;
 
 /// Where it listens unless told otherwise.
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:11434";
@@ -287,7 +288,9 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
     let address = parse_listen(&options.listen)?;
     let certificate = certificate(options)?;
     let acceptor = certificate.clone().map(Shown::acceptor).transpose()?;
-    let (registry, warnings) = load(paths, &Options::default()).map_err(|errors| lines(&errors))?;
+    let contents = Contents::read(paths).map_err(|errors| lines(&errors))?;
+    let parsed = Registry::from_sources(&contents.sources, &Options::default());
+    let (registry, warnings) = parsed.map_err(|errors| lines(&errors))?;
     let logs = Logs::default();
     let level = logline::start(&registry.globals, &logs);
     for warning in warnings {
@@ -323,6 +326,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
             .map_or(0, |d| d.as_secs());
         let reloader = Reloader::new(
             paths.clone(),
+            contents.fingerprint,
             house.clone(),
             activity.clone(),
             performance.clone(),

@@ -13,6 +13,7 @@
 //! | `residency` | the registry's groups and matrix as the lifecycle asks for them                                |
 //! | `house`     | shell around the pure `lifecycle`: events in, effects out                                      |
 //! | `reload`    | a changed registry put in force as a difference                                                |
+//! | `watched`   | the registry's files: what they hold, and when they have come to rest                          |
 //! | `rewrite`   | filters: named keys of a body changed in place                                                 |
 //! | `process`   | one child: spawn, hand-shake, orders, end; the supervisor of foreign commands                  |
 //! | `peers`     | other servers: health, models, connections                                                     |
@@ -54,3 +55,4 @@ pub mod serve;
 pub mod tls;
 pub mod upstream;
 pub mod usage;
+pub mod watched;

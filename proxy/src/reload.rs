@@ -2,35 +2,25 @@
 //!
 //! A change is noticed by the file system's own events on the directories that the registry is in, and by a look at
 //! the files every two seconds for what sends no events (network volumes, replaced parent directories, Nix's links).
-//! What counts is the content: it is read when nothing has moved for a moment, so that a burst of edits is one reload
-//! and a half-written file is none, and it is always read again afterwards, so that the last edit wins.
+//! What counts is the content: it is read when the files have come to rest (`watched`), so that a burst of edits is one
+//! reload and a half-written file is none. It is compared with what was last parsed, by whoever's order, and always
+//! read again afterwards, so that the last edit wins.
 
-use std::hash::{DefaultHasher, Hash, Hasher};
-use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
 
-use notify::event::{AccessKind, AccessMode};
-use notify::{Event, EventKind, RecursiveMode, Watcher};
 use registry::{Code, Diagnostic, Options, Registry, RegistryDiff, Severity};
-use tokio::sync::{Mutex, mpsc, watch};
-use tokio::time::{Instant, timeout_at};
+use tokio::sync::{Mutex, watch};
+use tokio::time::Instant;
 
 use crate::activity::Activity;
 use crate::catalog::Catalog;
-use crate::cli::{self, Paths};
+use crate::cli::Paths;
 use crate::house::House;
 use crate::logline::Level;
 use crate::performance::{self, Performance};
 use crate::tls::Shown;
-
-/// Time without a further event after which the files are read.
-const SETTLE: Duration = Duration::from_millis(100);
-/// Longest time that events may go on before the files are read all the same.
-const SETTLE_LIMIT: Duration = Duration::from_secs(1);
-/// Time between two looks at the files.
-const LOOK: Duration = Duration::from_secs(2);
+use crate::watched::{Contents, LOOK, Watched};
 
 /// How the last attempt went.
 #[derive(Clone, Debug, Default)]
@@ -51,15 +41,17 @@ pub struct Reloader {
     certificate: Option<Arc<Shown>>,
     level: Level,
     outcome: watch::Sender<Outcome>,
-    /// Held during a reload: one at a time, in order.
-    turn: Mutex<()>,
+    /// Fingerprint of the files as last parsed, in force or not; none when they could not be read. Held during a
+    /// reload: one at a time, in order.
+    parsed: Mutex<Option<u64>>,
 }
 
 impl Reloader {
-    /// A reloader of this registry's files.
+    /// A reloader of this registry's files, which were parsed when they had this fingerprint.
     #[must_use]
     pub fn new(
         paths: Paths,
+        parsed: u64,
         house: Arc<House>,
         activity: Arc<Activity>,
         performance: Arc<Performance>,
@@ -74,7 +66,7 @@ impl Reloader {
             certificate,
             level,
             outcome: watch::Sender::new(Outcome::default()),
-            turn: Mutex::new(()),
+            parsed: Mutex::new(Some(parsed)),
         })
     }
 
@@ -95,7 +87,21 @@ impl Reloader {
     /// # Errors
     /// Everything that is wrong with the files.
     pub async fn reload(&self) -> Result<RegistryDiff, Vec<Diagnostic>> {
-        let _turn = self.turn.lock().await;
+        let mut parsed = self.parsed.lock().await;
+        match Contents::read(&self.paths) {
+            Ok(contents) => {
+                *parsed = Some(contents.fingerprint);
+                self.take(&contents)
+            }
+            Err(errors) => {
+                *parsed = None;
+                Err(self.refuse(errors))
+            }
+        }
+    }
+
+    /// Puts in force what the files said.
+    fn take(&self, contents: &Contents) -> Result<RegistryDiff, Vec<Diagnostic>> {
         if let Some(Err(why)) = self.certificate.as_ref().map(|c| c.read_again()) {
             tracing::error!("certificate not taken up: {why}");
         }
@@ -104,23 +110,13 @@ impl Reloader {
             keep_ports: old.registry.ports(),
             ..Options::default()
         };
-        let result = cli::load(&self.paths, &options).and_then(|(registry, warnings)| {
-            let taken = self.activity.configure(&registry.globals);
-            taken.map_err(|why| vec![self.not_kept(why)])?;
+        let result = Registry::from_sources(&contents.sources, &options).and_then(|(registry, warnings)| {
+            let kept = self.activity.configure(&registry.globals);
+            let file = self.paths.config.as_ref().or(self.paths.config_dir.as_ref());
+            kept.map_err(|why| vec![about(file.map_or(Path::new(""), PathBuf::as_path), why)])?;
             Ok((registry, warnings))
         });
-        let (registry, warnings) = match result {
-            Ok(read) => read,
-            Err(errors) => {
-                let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
-                for line in &lines {
-                    tracing::error!("registry not taken up: {line}");
-                }
-                self.outcome
-                    .send_modify(|o| (o.attempts, o.errors) = (o.attempts + 1, lines));
-                return Err(errors);
-            }
-        };
+        let (registry, warnings) = result.map_err(|errors| self.refuse(errors))?;
         self.outcome
             .send_modify(|o| (o.attempts, o.errors) = (o.attempts + 1, Vec::new()));
         for warning in warnings {
@@ -140,212 +136,117 @@ impl Reloader {
         Ok(diff)
     }
 
-    /// The finding that what is to be kept cannot be.
-    fn not_kept(&self, message: String) -> Diagnostic {
-        let file = self.paths.config.as_ref().or(self.paths.config_dir.as_ref());
-        Diagnostic {
-            severity: Severity::Error,
-            code: Code::Io,
-            file: file.map(|f| f.display().to_string()).unwrap_or_default().into(),
-            line: 0,
-            column: 0,
-            key: String::new(),
-            message,
+    /// Leaves everything as it is, and says why.
+    fn refuse(&self, errors: Vec<Diagnostic>) -> Vec<Diagnostic> {
+        let lines: Vec<String> = errors.iter().map(ToString::to_string).collect();
+        for line in &lines {
+            tracing::error!("registry not taken up: {line}");
         }
+        self.outcome
+            .send_modify(|o| (o.attempts, o.errors) = (o.attempts + 1, lines));
+        errors
     }
 
     /// Follows the files for ever.
     pub async fn watch(self: Arc<Self>) {
-        let mut nudges = Nudges::new();
-        let nudge = nudges.sender.clone();
-        let watcher = notify::recommended_watcher(move |event: notify::Result<Event>| {
-            // Reading, this program's own included, changes nothing.
-            let read =
-                |kind| matches!(kind, EventKind::Access(a) if a != AccessKind::Close(AccessMode::Write));
-            if event.is_ok_and(|e| read(e.kind)) {
-                return;
-            }
-            // Full is as good as sent: the files are read after the last event.
-            let _ = nudge.try_send(());
-        });
-        let mut watcher = watcher
-            .map_err(|error| tracing::warn!(%error, "no file events; looking every 2 s"))
-            .ok();
-        for dir in self.directories() {
-            if let Some(Err(error)) = watcher
-                .as_mut()
-                .map(|w| w.watch(&dir, RecursiveMode::NonRecursive))
-            {
-                tracing::warn!(dir = %dir.display(), %error, "no file events; looking every 2 s");
-            }
-        }
-        let mut taken = self.content();
-        let mut looks = self.looks();
+        let mut watched = Watched::new(&self.paths);
+        // The files may have changed between their first reading and now, without an event.
+        watched.rest(true).await;
+        let mut changed = true;
+        // Since when they cannot be read; whether that has been said.
+        let mut unreadable: Option<(Instant, bool)> = None;
         loop {
-            let event = timeout_at(Instant::now() + LOOK, nudges.next()).await;
-            if event.is_err() {
-                let now = self.looks();
-                if now == looks {
-                    continue;
-                }
-                looks = now;
+            if changed || unreadable.is_some_and(|(_, said)| !said) {
+                unreadable = match self.follow().await {
+                    Ok(()) => None,
+                    Err(why) => Some(self.grow_tired(unreadable, why).await),
+                };
             }
-            let limit = Instant::now() + SETTLE_LIMIT;
-            while timeout_at((Instant::now() + SETTLE).min(limit), nudges.next())
-                .await
-                .is_ok()
-            {
-                if Instant::now() >= limit {
-                    break;
-                }
-            }
-            // A file that is missing for a moment is no change; it will be back.
-            let Some(content) = self.content() else { continue };
-            if taken != Some(content) {
-                taken = Some(content);
-                let _ = self.reload().await;
-            }
+            changed = watched.changed().await;
         }
     }
 
-    /// The directories whose entries decide what the files are.
-    fn directories(&self) -> Vec<PathBuf> {
-        let parent = |p: &PathBuf| {
-            let absolute = std::path::absolute(p).unwrap_or_else(|_| p.clone());
-            absolute.parent().map(PathBuf::from)
-        };
-        let mut dirs: Vec<PathBuf> = self.paths.config.iter().filter_map(parent).collect();
-        dirs.extend(self.paths.config_dir.clone());
-        // A link's target may be edited in place.
-        let real = self.paths.config.iter().filter_map(|p| p.canonicalize().ok());
-        dirs.extend(real.filter_map(|p| p.parent().map(PathBuf::from)));
-        dirs.sort();
-        dirs.dedup();
-        dirs
-    }
-
-    fn files(&self) -> Option<Vec<PathBuf>> {
-        let mut files: Vec<PathBuf> = self.paths.config.iter().cloned().collect();
-        if let Some(dir) = &self.paths.config_dir {
-            let entries = std::fs::read_dir(dir).ok()?.flatten().map(|e| e.path());
-            let yaml = |p: &PathBuf| p.extension().is_some_and(|e| e == "yml" || e == "yaml");
-            let mut found: Vec<PathBuf> = entries.filter(yaml).collect();
-            found.sort();
-            files.extend(found);
+    /// Puts the files in force if they are not what was last parsed.
+    ///
+    /// # Errors
+    /// They cannot be read, or not sensibly, now.
+    async fn follow(&self) -> Result<(), Vec<Diagnostic>> {
+        let mut parsed = self.parsed.lock().await;
+        // What the files hold is read while nobody else does: it is newer than whatever was parsed.
+        let contents = Contents::read(&self.paths)?;
+        if *parsed == Some(contents.fingerprint) {
+            return Ok(());
         }
-        Some(files)
-    }
-
-    /// Hash of all files' names and contents; `None` if one cannot be read now.
-    fn content(&self) -> Option<u64> {
-        let mut hasher = DefaultHasher::new();
-        for file in self.files()? {
-            std::fs::read(&file).ok()?.hash(&mut hasher);
-            file.hash(&mut hasher);
+        if let Some(file) = contents.empty_file() {
+            let why = "is empty, as if its writer had only just begun; `swapd reload` takes it as it is";
+            return Err(vec![about(file, why.to_owned())]);
         }
-        Some(hasher.finish())
+        *parsed = Some(contents.fingerprint);
+        let _ = self.take(&contents);
+        Ok(())
     }
 
-    /// What all files look like from outside: cheap to compare.
-    fn looks(&self) -> Vec<(PathBuf, Option<Look>)> {
-        let files = self.files().unwrap_or_default();
-        files
-            .into_iter()
-            .map(|p| {
-                let look = Look::at(&p);
-                (p, look)
-            })
-            .collect()
-    }
-}
-
-/// Events of the file system, as far as they may matter.
-#[derive(Debug)]
-struct Nudges {
-    /// Held here too: without a watcher a closed channel would be an event without end.
-    sender: mpsc::Sender<()>,
-    receiver: mpsc::Receiver<()>,
-}
-
-impl Nudges {
-    fn new() -> Self {
-        let (sender, receiver) = mpsc::channel(1);
-        Self { sender, receiver }
-    }
-
-    async fn next(&mut self) {
-        let _ = self.receiver.recv().await;
+    /// A file that is missing for a moment is no change: it will be back. One that stays away is reported, once.
+    async fn grow_tired(&self, before: Option<(Instant, bool)>, why: Vec<Diagnostic>) -> (Instant, bool) {
+        let (since, said) = before.unwrap_or((Instant::now(), false));
+        if said || since.elapsed() < LOOK {
+            return (since, said);
+        }
+        // When they are back, they are taken up even if they are as they were: that clears the error.
+        *self.parsed.lock().await = None;
+        self.refuse(why);
+        (since, true)
     }
 }
 
-/// A file from outside, links followed. Size and time alone would miss Nix's files, whose time is always the same: a
-/// link (or the link of a parent directory) that leads elsewhere leads to another inode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Look {
-    inode: (u64, u64),
-    size: u64,
-    modified: (i64, i64),
-    changed: (i64, i64),
-}
-
-impl Look {
-    /// `None` if there is no such file.
-    fn at(path: &Path) -> Option<Self> {
-        let m = std::fs::metadata(path).ok()?;
-        Some(Self {
-            inode: (m.dev(), m.ino()),
-            size: m.len(),
-            modified: (m.mtime(), m.mtime_nsec()),
-            changed: (m.ctime(), m.ctime_nsec()),
-        })
+/// A finding about a whole file.
+fn about(file: &Path, message: String) -> Diagnostic {
+    Diagnostic {
+        severity: Severity::Error,
+        code: Code::Io,
+        file: file.display().to_string().into(),
+        line: 0,
+        column: 0,
+        key: String::new(),
+        message,
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::future::Future;
-    use std::task::{Context, Poll, Waker};
-    use std::time::SystemTime;
+    use std::time::Duration;
 
     use super::*;
 
-    fn poll(nudges: &mut Nudges) -> Poll<()> {
-        let mut next = std::pin::pin!(nudges.next());
-        next.as_mut().poll(&mut Context::from_waker(Waker::noop()))
-    }
-
-    /// As when the system grants no watcher: its closure is dropped unused.
-    #[test]
-    fn without_a_watcher_there_are_no_events() {
-        let mut nudges = Nudges::new();
-        drop(nudges.sender.clone());
-        assert_eq!(poll(&mut nudges), Poll::Pending);
-        nudges.sender.try_send(()).unwrap();
-        assert_eq!(poll(&mut nudges), Poll::Ready(()));
-        assert_eq!(poll(&mut nudges), Poll::Pending);
-    }
-
-    /// Nix's store: equal sizes, one time for all files, and the link of a directory that moves.
-    #[test]
-    fn a_link_that_leads_elsewhere_looks_different() {
+    /// An edit after the registry was read, and before anybody watched.
+    #[tokio::test]
+    async fn an_edit_during_the_start_is_taken_up() {
         let dir = tempfile::tempdir().unwrap();
-        let current = dir.path().join("current");
-        let mut looks = Vec::new();
-        for store in ["store1", "store2"] {
-            let target = dir.path().join(store);
-            std::fs::create_dir(&target).unwrap();
-            let file = target.join("config.yaml");
-            std::fs::write(&file, store).unwrap();
-            let time = SystemTime::UNIX_EPOCH + Duration::from_secs(1);
-            std::fs::File::open(&file).unwrap().set_modified(time).unwrap();
-            let link = dir.path().join("link");
-            std::os::unix::fs::symlink(&target, &link).unwrap();
-            std::fs::rename(&link, &current).unwrap();
-            let look = Look::at(&current.join("config.yaml")).unwrap();
-            assert_eq!(look, Look::at(&current.join("config.yaml")).unwrap());
-            assert_eq!((look.size, look.modified), (6, (1, 0)));
-            looks.push(look);
-        }
-        assert_ne!(looks[0], looks[1]);
+        let file = dir.path().join("config.yaml");
+        std::fs::write(&file, "models: {old: {worker: {model: org/name}}}").unwrap();
+        let paths = Paths {
+            config: Some(file.clone()),
+            config_dir: None,
+        };
+        let contents = Contents::read(&paths).unwrap();
+        let (registry, _) = Registry::from_sources(&contents.sources, &Options::default()).unwrap();
+        std::fs::write(&file, "models: {new: {worker: {model: org/name}}}").unwrap();
+        let house = House::new(Arc::new(Catalog::new(registry)), crate::logs::Logs::default());
+        let reloader = Reloader::new(
+            paths,
+            contents.fingerprint,
+            house.clone(),
+            Activity::new(10),
+            Performance::new(None),
+            None,
+            Level::fixed(),
+        );
+        let mut outcomes = reloader.outcomes();
+        let watching = tokio::spawn(reloader.watch());
+        let taken =
+            tokio::time::timeout(Duration::from_secs(5), outcomes.wait_for(|o| o.attempts == 1)).await;
+        watching.abort();
+        assert!(taken.is_ok(), "the edit became what later ones are compared with");
+        assert!(house.catalog().resolve("new").is_some());
     }
 }

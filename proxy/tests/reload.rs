@@ -161,3 +161,70 @@ fn a_removed_model_finishes_and_is_gone() {
         (swapd.state("b") == "stopped").then_some(())
     });
 }
+
+/// A link that leads nowhere, or a directory of such a name, is no reason to stop watching.
+#[test]
+fn a_directory_of_files_is_watched_whatever_else_lies_in_it() {
+    let more = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink("nowhere", more.path().join("a.yaml")).unwrap();
+    std::fs::create_dir(more.path().join("b.yaml")).unwrap();
+    let args = ["--watch-config", "--config-dir", more.path().to_str().unwrap()];
+    let swapd = Swapd::start_with("models: {one: {worker: {model: DIR}}}", &args);
+    std::fs::write(
+        more.path().join("c.yaml"),
+        "models: {two: {worker: {model: org/name}}}",
+    )
+    .unwrap();
+    eventually("the new file", 4 * SEC, || {
+        (listed(&swapd) == ["one", "two"]).then_some(())
+    });
+    // And a file that stays away is reported, until it is back.
+    std::fs::rename(&swapd.config, swapd.dir.path().join("away")).unwrap();
+    let errors = || swapd.get("/running").json()["registry"]["errors"].to_string();
+    eventually("reported", 8 * SEC, || {
+        errors().contains("cannot be read").then_some(())
+    });
+    assert_eq!(listed(&swapd), ["one", "two"]);
+    std::fs::rename(swapd.dir.path().join("away"), &swapd.config).unwrap();
+    eventually("cleared", 4 * SEC, || (errors() == "[]").then_some(()));
+    let log = swapd.get("/logs").body;
+    assert_eq!(log.matches("cannot be read").count(), 1, "{log}");
+}
+
+/// An order to reload and the watcher have the same idea of what was last read.
+#[test]
+fn an_edit_taken_back_right_after_an_order_to_reload_is_taken_back() {
+    let swapd = Swapd::start_with(&config(100, ""), &["--watch-config"]);
+    let first = swapd.dir.path().join("first");
+    std::fs::copy(&swapd.config, &first).unwrap();
+    // The watcher has had its first look.
+    std::thread::sleep(Duration::from_millis(300));
+    swapd.rewrite("models: {new: {worker: {model: DIR}}}");
+    assert_eq!(swapd.post("/api/reload", "").json()["added"][0], "new");
+    std::fs::rename(first, &swapd.config).unwrap();
+    eventually("the last edit", 4 * SEC, || {
+        (listed(&swapd) == ["a", "b"]).then_some(())
+    });
+}
+
+/// Half a file is a valid registry with fewer models, and none of it is one without any.
+#[test]
+fn a_writer_that_pauses_takes_nothing_away() {
+    use std::io::Write;
+    let swapd = Swapd::start_with(&config(100, ""), &["--watch-config"]);
+    let b = pid(&swapd, "b");
+    let model = |id: &str| format!("  {id}: {{cmd: 'FAKESERVER --port ${{PORT}} ', env: [JOURNAL]}}\n");
+    let text = common::expand(&format!("models:\n{}{}", model("c"), model("b")), &swapd.dir);
+    let half = text.find("  b:").unwrap();
+    let mut file = std::fs::File::create(&swapd.config).unwrap();
+    for part in [&text[..half], &text[half..]] {
+        std::thread::sleep(Duration::from_millis(300));
+        file.write_all(part.as_bytes()).unwrap();
+    }
+    drop(file);
+    eventually("all of it", 4 * SEC, || {
+        (listed(&swapd) == ["b", "c"]).then_some(())
+    });
+    assert_eq!(pid(&swapd, "b"), b, "{}", swapd.get("/logs").body);
+    assert_eq!(swapd.get("/logs").body.matches("registry taken up").count(), 1);
+}

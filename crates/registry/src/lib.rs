@@ -44,7 +44,7 @@ pub use diagnostic::{Code, Diagnostic, Severity, Warning};
 pub use diff::RegistryDiff;
 pub use docs::configuration_markdown;
 pub use duration::parse as parse_duration;
-pub use load::{Options, Source};
+pub use load::{Options, Source, config_files, read_sources};
 pub use matrix::Matrix;
 pub use routing::Target;
 pub use schema::schema;

@@ -92,23 +92,7 @@ impl Registry {
         dir: Option<&Path>,
         options: &Options<'_>,
     ) -> Result<(Self, Vec<Warning>), Vec<Diagnostic>> {
-        let paths = match config_files(file, dir) {
-            Ok(paths) => paths,
-            Err(found) => return Err(vec![found]),
-        };
-        let mut sources = Vec::new();
-        let mut unread = Vec::new();
-        for path in paths {
-            match std::fs::read_to_string(&path) {
-                Ok(text) => sources.push(Source { path, text }),
-                Err(e) => unread.push(io_error(&path, &format!("cannot be read: {e}"))),
-            }
-        }
-        if unread.is_empty() {
-            Self::from_sources(&sources, options)
-        } else {
-            Err(unread)
-        }
+        Self::from_sources(&read_sources(file, dir)?, options)
     }
 
     /// The ports behind `${PORT}`, for [`Options::keep_ports`] of the next reading.
@@ -125,11 +109,32 @@ impl Registry {
     }
 }
 
-/// The files of a configuration: `file`, then the `*.yml` and `*.yaml` directly in `dir` by name.
+/// Reads the files of a configuration, as [`config_files`] names them.
+///
+/// # Errors
+/// Every file that cannot be read.
+pub fn read_sources(file: Option<&Path>, dir: Option<&Path>) -> Result<Vec<Source>, Vec<Diagnostic>> {
+    let mut sources = Vec::new();
+    let mut unread = Vec::new();
+    for path in config_files(file, dir).map_err(|found| vec![found])? {
+        match std::fs::read_to_string(&path) {
+            Ok(text) => sources.push(Source { path, text }),
+            Err(e) => unread.push(io_error(&path, &format!("cannot be read: {e}"))),
+        }
+    }
+    if unread.is_empty() {
+        Ok(sources)
+    } else {
+        Err(unread)
+    }
+}
+
+/// The files of a configuration: `file`, then the `*.yml` and `*.yaml` directly in `dir` by name. What is no file (a
+/// directory of that name, a link that leads nowhere) is left out.
 ///
 /// # Errors
 /// A directory that cannot be listed, or a `file` that is in it too.
-pub(crate) fn config_files(file: Option<&Path>, dir: Option<&Path>) -> Result<Vec<PathBuf>, Diagnostic> {
+pub fn config_files(file: Option<&Path>, dir: Option<&Path>) -> Result<Vec<PathBuf>, Diagnostic> {
     let mut paths: Vec<PathBuf> = file.map(Path::to_owned).into_iter().collect();
     let Some(dir) = dir else { return Ok(paths) };
     let listing = std::fs::read_dir(dir).map_err(|e| io_error(dir, &format!("cannot be listed: {e}")))?;
