@@ -14,7 +14,7 @@
 //! Body: `{"stream":true,"events":n,"gap_ms":t,"die_after":k}` streams n events, dies after k; `{"delay_ms":t}` answers
 //! late; `{"die":true}` dies before any reply; `{"echo":true}` (or a header `X-Echo`) answers with what it received; `{"bytes":n}` answers
 //! n bytes; `{"stream":true,"say":[...]}` streams these objects and the end mark; `{"note":true}` puts the body into the
-//! journal; `{"status":n,"error":...}` is answered with this error. `/v1/embeddings` answers with two numbers for each text. A client that goes away in the middle is noted in the journal.
+//! journal; `{"last_words":text}` writes the text to stderr first; `{"plain":true}` never streams; `{"status":n,"error":...}` is answered with this error. `/v1/embeddings` answers with two numbers for each text. A client that goes away in the middle is noted in the journal.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -275,6 +275,9 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Stream>, Infallib
     if ask["note"] == true {
         journal(&format!("body {} {}", parts.uri, String::from_utf8_lossy(&body)));
     }
+    if let Some(text) = ask["last_words"].as_str() {
+        eprintln!("{text}");
+    }
     let mut watch = Watch { complete: false };
     if ask["die"] == true {
         die();
@@ -289,7 +292,8 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Stream>, Infallib
         *response.status_mut() = http::StatusCode::from_u16(u16::try_from(status).unwrap()).unwrap();
         return Ok(response);
     }
-    if ask["stream"] == true && ask["say"].is_array() {
+    let streams = ask["stream"] == true && ask["plain"] != true;
+    if streams && ask["say"].is_array() {
         watch.complete = true;
         let events = ask["say"].as_array().unwrap();
         let mut text: String = events.iter().map(|e| format!("data: {e}\n\n")).collect();
@@ -302,7 +306,7 @@ async fn answer(request: Request<Incoming>) -> Result<Response<Stream>, Infallib
             .insert("content-type", "text/event-stream".parse().unwrap());
         return Ok(response);
     }
-    if ask["stream"] == true {
+    if streams {
         let stream = Stream {
             left: number("events").unwrap_or(3),
             sent: 0,

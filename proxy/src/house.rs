@@ -181,6 +181,12 @@ impl Lease {
     pub fn upstream(&self) -> Option<&(SharedPool, String)> {
         self.process.upstream.get()
     }
+
+    /// What the process has written last.
+    #[must_use]
+    pub fn log_tail(&self) -> String {
+        self.house.logs.tail(&self.process.model, 20)
+    }
 }
 
 impl Drop for Lease {

@@ -10,7 +10,8 @@
 
 mod common;
 
-use common::Swapd;
+use common::{Answer, Swapd};
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
 fn header<'a>(echo: &'a Value, name: &str) -> Option<&'a str> {
@@ -80,4 +81,109 @@ profiles: {day: {pins: {'a b': 'qwen3:8b'}}}
         message.contains("'qwen3:9b'") && message.contains("did you mean 'qwen3:8b'"),
         "{message}"
     );
+}
+
+/// The last event of a stream: its name and data.
+fn last_event(answer: &Answer) -> (String, Value) {
+    let event = answer.body.trim_end().rsplit("\n\n").next().unwrap();
+    let (name, data) = event.rsplit_once("data: ").unwrap();
+    (name.to_owned(), serde_json::from_str(data).unwrap())
+}
+
+/// llama-swap: only for chats, and a failure was JSON glued to the stream.
+#[test]
+fn each_api_shows_a_load_and_its_failure_in_its_own_events() {
+    let config = "
+sendLoadingState: true
+models:
+  slow: {worker: {model: DIR, env: [FAKE_START_MS=300]}}
+  bad: {worker: {model: DIR, env: [FAKE_START_MS=300, 'FAKE_FAIL=no tensor']}}
+";
+    let cases = [
+        (
+            "/v/chat/completions",
+            r#"data: {"choices":[{"index":0,"delta":{"reasoning_content":"#,
+            "",
+        ),
+        ("/v1/completions", ": ━━━━━\n", ""),
+        ("/v1/responses", ": ━━━━━\n", "event: error\n"),
+        ("/v1/messages", "event: ping\ndata: {", "event: error\n"),
+    ];
+    std::thread::scope(|scope| {
+        for (path, first, error_name) in cases {
+            scope.spawn(move || {
+                let swapd = Swapd::start(config);
+                let ask = |model| swapd.post(path, &common::chat_body(model, r#""stream":true,"events":3"#));
+                let good = ask("slow");
+                // Ready: nothing but the model's own bytes.
+                assert!(!ask("slow").body.contains("loading"));
+                let failed = ask("bad");
+                assert!(good.body.starts_with(first), "{path}: {good:?}");
+                assert!(good.body.contains("swapd loading model: slow"), "{good:?}");
+                assert!(
+                    good.complete && good.body.ends_with("data: [DONE]\n\n"),
+                    "{good:?}"
+                );
+                assert!(failed.status == 200 && !failed.complete, "{failed:?}");
+                let (name, data) = last_event(&failed);
+                assert_eq!(name, error_name, "{path}");
+                assert!(
+                    data["error"]["message"].as_str().unwrap().contains("no tensor"),
+                    "{data}"
+                );
+                assert_eq!(data["error"]["code"], "model_start_failed");
+                if !error_name.is_empty() {
+                    assert_eq!(data["type"], "error");
+                }
+                // The same for a reply that breaks off.
+                let broken =
+                    common::chat_body("slow", r#""stream":true,"events":9,"gap_ms":20,"die_after":2"#);
+                let (name, data) = last_event(&swapd.post(path, &broken));
+                assert_eq!(
+                    (name.as_str(), &data["error"]["code"]),
+                    (error_name, &"upstream_died".into())
+                );
+            });
+        }
+    });
+    let swapd = Swapd::start(config);
+    let plain = common::chat_body("slow", r#""stream":true,"plain":true"#);
+    let speech = swapd.post("/v1/audio/speech", &plain);
+    assert_eq!(speech.json()["object"], "chat.completion");
+}
+
+#[test]
+fn whoever_is_told_to_come_again_is_told_when() {
+    let swapd = Swapd::start("models: {m: {worker: {model: DIR}}}");
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| swapd.chat("m", r#""delay_ms":20000"#));
+        common::eventually("in flight", std::time::Duration::from_secs(5), || {
+            (swapd.post("/api/inflight/1/cancel", "").status == 200).then_some(())
+        });
+        let cancelled = waiting.join().unwrap();
+        assert_eq!(
+            (
+                cancelled.status,
+                cancelled.header("retry-after"),
+                cancelled.error().1.as_str()
+            ),
+            (503, Some("1"), "cancelled")
+        );
+    });
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| swapd.chat("m", r#""delay_ms":20000"#));
+        common::eventually("in flight", std::time::Duration::from_secs(5), || {
+            (swapd.running()[0]["inflight"] == 1).then_some(())
+        });
+        // The second signal ends what the first one waits for.
+        for signal in [Signal::SIGTERM, Signal::SIGINT] {
+            common::signal(swapd.child.id(), signal);
+        }
+        let ended = waiting.join().unwrap();
+        assert_eq!(
+            (ended.status, ended.header("retry-after")),
+            (503, Some("5")),
+            "{ended:?}"
+        );
+    });
 }

@@ -201,8 +201,15 @@ fn sigkill_of_the_supervisor_takes_the_command_along() {
 fn sigkill_of_the_worker_breaks_the_stream_and_the_next_request_works() {
     let swapd = Swapd::start(TWO);
     for model in ["one", "two"] {
-        let broken = swapd.chat(model, r#""stream":true,"events":10,"gap_ms":5,"die_after":4"#);
+        let broken = swapd.chat(
+            model,
+            r#""stream":true,"events":10,"gap_ms":5,"die_after":4,"last_words":"no tensor left""#,
+        );
         assert_eq!(broken.status, 200);
+        assert!(
+            broken.body.contains("closed") && broken.body.contains("no tensor left"),
+            "cause and last lines: {broken:?}"
+        );
         assert!(!broken.complete, "looks like a clean end: {broken:?}");
         assert!(
             broken.body.contains("\"n\":4") && broken.body.contains("\"code\":\"upstream_died\""),
@@ -233,7 +240,10 @@ fn death_before_the_reply_is_502_with_the_last_lines() {
     let answer = swapd.chat("m", r#""die":true"#);
     assert_eq!(answer.status, 502);
     let (message, code) = answer.error();
-    assert_eq!(code, "upstream_error");
+    assert_eq!(
+        (code.as_str(), answer.header("retry-after")),
+        ("upstream_error", Some("1"))
+    );
     assert!(
         message.contains("chatter 29") && !message.contains("chatter 3\n"),
         "{message}"
@@ -267,6 +277,39 @@ models:
     }
     let (message, _) = swapd.chat("absent", "").error();
     assert!(message.contains("nothing'"), "{message}");
+}
+
+/// After 15 s a client that waits for events gets the head of its reply; one that waits for sound never does.
+#[test]
+fn only_streams_of_events_begin_before_the_reply_is_there() {
+    let swapd = Swapd::start("models: {m: {worker: {model: DIR}}}");
+    let late = common::chat_body("m", r#""stream":true,"plain":true,"delay_ms":15300"#);
+    std::thread::scope(|scope| {
+        let (swapd, late) = (&swapd, &late);
+        let ask = |path| scope.spawn(move || swapd.post(path, late));
+        let speech = ["/v1/audio/speech", "/upstream/m/v1/audio/speech"].map(ask);
+        let events = ["/v1/completions", "/v1/messages"].map(ask);
+        for answer in speech.map(|t| t.join().unwrap()) {
+            assert_eq!(
+                answer.json()["object"],
+                "chat.completion",
+                "as it was: {answer:?}"
+            );
+            assert_ne!(answer.header("content-type"), Some("text/event-stream"));
+        }
+        let [text, message] = events.map(|t| t.join().unwrap());
+        for answer in [&text, &message] {
+            assert_eq!(answer.header("content-type"), Some("text/event-stream"));
+            let data = answer.body.strip_prefix(": keep-alive\n\ndata: ").unwrap();
+            let object = data.split("\n\n").next().unwrap();
+            assert!(answer.complete, "a good reply is no error: {answer:?}");
+            assert_eq!(
+                serde_json::from_str::<serde_json::Value>(object).unwrap()["object"],
+                "chat.completion"
+            );
+        }
+        assert!(text.body.ends_with("\n\ndata: [DONE]\n\n"), "{text:?}");
+    });
 }
 
 #[test]

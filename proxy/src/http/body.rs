@@ -13,6 +13,8 @@ use lifecycle::CutReason;
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
 
+use super::dialect::Dialect;
+use super::error;
 use super::ollama::Ndjson;
 use super::pending::{COMMENT, Pending, SILENCE};
 use crate::activity::Trace;
@@ -134,7 +136,7 @@ impl HttpBody for Body {
             Self::Upstream(body) => match &body.state {
                 Flow::Open(incoming) => incoming.size_hint(),
                 Flow::Done => SizeHint::with_exact(0),
-                Flow::Closing(_) | Flow::Flushing | Flow::Broken => SizeHint::default(),
+                Flow::Closing(..) | Flow::Flushing | Flow::Broken => SizeHint::default(),
             },
             Self::Channel(_) | Self::Pending(_) | Self::Lines(_) => SizeHint::default(),
         }
@@ -166,8 +168,15 @@ pub struct UpstreamBody {
     between_events: bool,
 }
 
-/// Whether the process has died.
+/// Whether the process has died, by now or within a moment.
 struct Verdict(Pin<Box<dyn Future<Output = bool> + Send>>);
+
+impl Verdict {
+    fn on(lease: &Lease) -> Self {
+        let process = lease.process.clone();
+        Self(Box::pin(async move { process.ended(DEATH).await }))
+    }
+}
 
 impl std::fmt::Debug for Verdict {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -178,8 +187,9 @@ impl std::fmt::Debug for Verdict {
 #[derive(Debug)]
 enum Flow {
     Open(upstream::Incoming),
-    /// The connection has been closed where that is the end of the reply, unless the process has died (`true`).
-    Closing(Verdict),
+    /// The connection is gone. That is the end of the reply unless the process has died (`true`), or the end is known
+    /// to be missing: for this reason.
+    Closing(Verdict, Option<String>),
     /// An error event has been handed out and must be on its way before the connection is cut.
     Flushing,
     Broken,
@@ -206,9 +216,13 @@ impl UpstreamBody {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        if let Flow::Closing(verdict) = &mut self.state {
-            if ready!(verdict.0.as_mut().poll(cx)) {
-                return self.break_off(cx, &"closed by a process that died");
+        if let Flow::Closing(verdict, cause) = &mut self.state {
+            let dead = ready!(verdict.0.as_mut().poll(cx));
+            if let Some(cause) = cause.take() {
+                return self.break_off(cx, &cause);
+            }
+            if dead {
+                return self.break_off(cx, &"its connection was closed");
             }
             self.finish();
             return Poll::Ready(None);
@@ -226,7 +240,7 @@ impl UpstreamBody {
                     Poll::Pending
                 }
                 Flow::Broken => Poll::Ready(Some(Err(Broken))),
-                Flow::Open(..) | Flow::Closing(_) | Flow::Done => Poll::Ready(None),
+                Flow::Open(..) | Flow::Closing(..) | Flow::Done => Poll::Ready(None),
             };
         };
         let next = match Pin::new(&mut *incoming).poll_frame(cx) {
@@ -250,9 +264,7 @@ impl UpstreamBody {
                 if incoming.ends_on_close() && !self.trace.saw_end() {
                     match &self.source {
                         Some(Source::Here(lease)) => {
-                            let process = lease.process.clone();
-                            let verdict = async move { process.ended(DEATH).await };
-                            self.state = Flow::Closing(Verdict(Box::pin(verdict)));
+                            self.state = Flow::Closing(Verdict::on(lease), None);
                             return self.poll(cx);
                         }
                         // Nobody can be asked; the streams that clients know have a mark at their end.
@@ -265,7 +277,14 @@ impl UpstreamBody {
                 self.finish();
                 Poll::Ready(None)
             }
-            Some(Err(error)) => self.break_off(cx, &error),
+            Some(Err(error)) => match &self.source {
+                // A moment, so that what it said last is there.
+                Some(Source::Here(lease)) if self.trace.running.wire.ordered().is_none() => {
+                    self.state = Flow::Closing(Verdict::on(lease), Some(error.to_string()));
+                    self.poll(cx)
+                }
+                _ => self.break_off(cx, &error),
+            },
         }
     }
 
@@ -307,14 +326,20 @@ impl UpstreamBody {
         cx: &Context<'_>,
         error: &dyn std::fmt::Display,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        let server = match self.source.take() {
-            Some(Source::There(visit)) => format!("peer '{}' broke off", visit.far.peer.id),
-            _ => format!("the server of model '{}' died", self.trace.running.model),
-        };
         let model = &self.trace.running.model;
+        let died = match self.source.take() {
+            Some(Source::There(visit)) => {
+                format!(
+                    "peer '{}' broke off in the middle of its reply: {error}",
+                    visit.far.peer.id
+                )
+            }
+            Some(Source::Here(lease)) => error::died(model, error.to_string(), lease.log_tail()),
+            None => error::died(model, error.to_string(), String::new()),
+        };
         let (code, message) = match self.trace.running.wire.ordered() {
             Some(Ordered::Cancelled) => ("cancelled", "the request was cancelled".to_owned()),
-            None => ("upstream_died", format!("{server} in the middle of its reply")),
+            None => ("upstream_died", died),
             Some(Ordered::Cut(CutReason::Unloaded)) => (
                 "unloaded",
                 format!("model '{model}' was unloaded and the grace is over"),
@@ -337,7 +362,7 @@ impl UpstreamBody {
         self.state = Flow::Flushing;
         let error = ApiError::internal(message).with_code(code);
         let gap = if self.between_events { "" } else { "\n\n" };
-        let event = format!("{gap}data: {}\n\n", error.to_json());
+        let event = format!("{gap}{}", Dialect::of_end(&self.trace.running.path).error(&error));
         Poll::Ready(Some(Ok(Frame::data(event.into()))))
     }
 }

@@ -64,14 +64,10 @@ pub fn rejected(model: &ModelId, reason: &Rejection) -> ApiError {
             format!("model '{model}' could not be made ready within {} s", ms / 1000),
             Some(5),
         ),
-        // Asked again in a second it is tried again, or says how long it backs off.
-        Rejection::StartFailed(failure) => ApiError {
-            retry_after: Some(1),
-            ..bad_gateway(
-                "model_start_failed",
-                format!("model '{model}' could not be started: {}", with_tail(failure)),
-            )
-        },
+        Rejection::StartFailed(failure) => bad_gateway(
+            "model_start_failed",
+            format!("model '{model}' could not be started: {}", with_tail(failure)),
+        ),
         Rejection::BackOff(failure, ms) => {
             let seconds = ms.div_ceil(1000).max(1);
             ApiError::unavailable(
@@ -101,7 +97,7 @@ pub fn rejected(model: &ModelId, reason: &Rejection) -> ApiError {
             ),
             Some(retry_ms.div_ceil(1000).max(1)),
         ),
-        Rejection::ShuttingDown => ApiError::unavailable("shutting_down", "the proxy is shutting down", None),
+        Rejection::ShuttingDown => shutting_down(),
     }
 }
 
@@ -133,7 +129,25 @@ pub fn no_reply(model: &ModelId, error: &upstream::Error, log_tail: &str) -> Api
     }
 }
 
-/// 502 with this code.
+/// What is told of a server that died in the middle of its reply.
+#[must_use]
+pub fn died(model: &ModelId, cause: String, log_tail: String) -> String {
+    let failure = Failure {
+        message: cause,
+        log_tail,
+    };
+    format!(
+        "the server of model '{model}' died in the middle of its reply: {}",
+        with_tail(&failure)
+    )
+}
+
+/// The next start may be of another version; nobody knows when it is.
+fn shutting_down() -> ApiError {
+    ApiError::unavailable("shutting_down", "the proxy is shutting down", Some(5))
+}
+
+/// 502 with this code. Asked again in a second the server may be another one, or it is told how long it backs off.
 pub(super) fn bad_gateway(code: &'static str, message: String) -> ApiError {
     ApiError {
         status: 502,
@@ -141,7 +155,7 @@ pub(super) fn bad_gateway(code: &'static str, message: String) -> ApiError {
         kind: "server_error",
         param: None,
         code: Some(code),
-        retry_after: None,
+        retry_after: Some(1),
     }
 }
 
@@ -179,7 +193,7 @@ pub fn cancelled() -> ApiError {
     ApiError::unavailable(
         "cancelled",
         "the request was cancelled by an order to the proxy",
-        None,
+        Some(1),
     )
 }
 
@@ -197,6 +211,6 @@ pub fn cut(model: &ModelId, reason: CutReason) -> ApiError {
             format!("model '{model}' was unloaded because memory is critically short"),
             Some(10),
         ),
-        CutReason::ShuttingDown => ApiError::unavailable("shutting_down", "the proxy is shutting down", None),
+        CutReason::ShuttingDown => shutting_down(),
     }
 }

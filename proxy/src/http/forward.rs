@@ -17,6 +17,7 @@ use lifecycle::{ModelId, State};
 use super::App;
 use super::auth::Access;
 use super::body::{self, Body, ReadError, Source, UpstreamBody};
+use super::dialect::Dialect;
 use super::error;
 use super::extract::{self, Place};
 use super::pending::{self, SILENCE, Shown, Work};
@@ -354,7 +355,7 @@ pub(super) async fn read(app: &App, incoming: Incoming) -> Result<Bytes, ApiErro
 
 /// Waits for the model, sends it the request and passes the reply back.
 ///
-/// A client that asked for a stream gets the head of its reply before the model is ready if it has to wait long, or at
+/// A client that asked for a stream of events gets the head of its reply before the model is ready if it has to wait long, or at
 /// once if it is to see the progress.
 #[allow(clippy::too_many_arguments)]
 async fn serve(
@@ -368,8 +369,10 @@ async fn serve(
     streams: bool,
 ) -> Result<Response<Body>, ApiError> {
     let asked = parts.uri.path().to_owned();
-    let shows = streams
-        && asked.starts_with("/v1/chat/completions")
+    let dialect = if streams { Dialect::of(path.path()) } else { None };
+    // What is asked for in another form (Ollama's) has no words for it.
+    let shows = dialect.is_some()
+        && Dialect::of(&asked).is_some()
         && catalog.model(model).is_some_and(|m| m.send_loading_state)
         && app.house.status(model).is_none_or(|s| s.state != State::Ready);
     let mut trace = app.activity.begin(
@@ -385,16 +388,16 @@ async fn serve(
     *request.headers_mut() = parts.headers;
     tidy_request(request.headers_mut(), client);
     let work = work(app.clone(), model.clone(), request, path, trace);
-    if !streams {
+    let Some(dialect) = dialect else {
         return work.await;
-    }
+    };
     let work: Work = Box::pin(work);
     let (patience, shown) = if shows {
         (Duration::ZERO, Shown::Progress(model.to_string()))
     } else {
         (SILENCE, Shown::Comments)
     };
-    early(work, patience, shown).await
+    early(work, patience, shown, dialect).await
 }
 
 /// The reply of this work, or after `patience` one that begins before it is there.
@@ -402,11 +405,12 @@ pub(super) async fn early(
     mut work: Work,
     patience: Duration,
     shown: Shown,
+    dialect: Dialect,
 ) -> Result<Response<Body>, ApiError> {
     // Looked at once even without patience: what is refused at once is refused with its own status.
     match tokio::time::timeout(patience, &mut work).await {
         Ok(result) => result,
-        Err(_) => Ok(pending::begin(work, shown)),
+        Err(_) => Ok(pending::begin(work, shown, dialect)),
     }
 }
 

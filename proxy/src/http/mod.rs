@@ -6,6 +6,7 @@ pub mod auth;
 pub mod body;
 mod comfyui;
 pub mod control;
+mod dialect;
 pub mod error;
 pub mod events;
 pub mod extract;

@@ -16,6 +16,7 @@ use tokio::io::AsyncWriteExt;
 
 use super::App;
 use super::body::{Body, Source};
+use super::dialect::Dialect;
 use super::error;
 use super::extract::{self, Place};
 use super::forward::{drop_headers, early, pass_back, prefixed};
@@ -95,13 +96,16 @@ pub(super) async fn serve(
     );
     trace.tell_forwarded(ask.parts.extensions.get().cloned());
     trace.record(&ask.parts.headers, &ask.body);
-    let streams = matches!(ask.place, Some(Place::Json { stream: true }));
+    let dialect = match ask.place {
+        Some(Place::Json { stream: true }) => Dialect::of(ask.path.path()),
+        _ => None,
+    };
     let work = work(app.clone(), catalog.clone(), ask, trace);
-    if !streams {
+    let Some(dialect) = dialect else {
         return work.await;
-    }
+    };
     let work: Work = Box::pin(work);
-    early(work, SILENCE, Shown::Comments).await
+    early(work, SILENCE, Shown::Comments, dialect).await
 }
 
 /// Two proxies that take each other for a peer would send a request round and round.

@@ -12,10 +12,10 @@ use bytes::Bytes;
 use http::Response;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, HeaderName, HeaderValue};
 use http_body::{Body as _, Frame};
-use serde_json::json;
 use tokio::time::Sleep;
 
 use super::body::{Body, Broken};
+use super::dialect::Dialect;
 
 /// Silence after which a comment keeps the connection alive.
 pub const SILENCE: Duration = Duration::from_secs(15);
@@ -35,7 +35,7 @@ pub type Work = Pin<Box<dyn Future<Output = Result<Response<Body>, ApiError>> + 
 pub enum Shown {
     /// Comments now and then.
     Comments,
-    /// The progress of loading this model, as reasoning text of a chat completion.
+    /// The progress of loading this model.
     Progress(String),
 }
 
@@ -43,6 +43,7 @@ pub enum Shown {
 pub struct Pending {
     state: State,
     shown: Shown,
+    dialect: Dialect,
     begun: Instant,
     queue: Vec<Bytes>,
 }
@@ -50,8 +51,11 @@ pub struct Pending {
 enum State {
     Waiting(Work, Pin<Box<Sleep>>),
     Streaming(Box<Body>),
-    /// The rest of a plain reply is collected, to be told as an event.
+    /// An error is collected, to be told as an event.
     Quoting(Box<Body>, Vec<u8>),
+    /// A good reply that is no stream passes as the data of one event. Whether its next byte begins a line.
+    Telling(Box<Body>, bool),
+    Over,
     /// The event is on its way; then the connection is closed.
     Flushing,
     Broken,
@@ -67,14 +71,14 @@ impl std::fmt::Debug for Pending {
 
 /// Begins the reply now.
 #[must_use]
-pub fn begin(work: Work, shown: Shown) -> Response<Body> {
+pub fn begin(work: Work, shown: Shown, dialect: Dialect) -> Response<Body> {
     let (delay, queue) = match &shown {
         Shown::Comments => (SILENCE, vec![Bytes::from_static(COMMENT)]),
         Shown::Progress(model) => (
             PROGRESS,
             vec![
-                reasoning("━━━━━\n"),
-                reasoning(&format!("swapd loading model: {model}\n")),
+                dialect.progress("━━━━━\n"),
+                dialect.progress(&format!("swapd loading model: {model}\n")),
             ],
         ),
     };
@@ -82,6 +86,7 @@ pub fn begin(work: Work, shown: Shown) -> Response<Body> {
     let body = Pending {
         state,
         shown,
+        dialect,
         begun: Instant::now(),
         queue,
     };
@@ -96,9 +101,17 @@ pub fn begin(work: Work, shown: Shown) -> Response<Body> {
     response
 }
 
-fn reasoning(text: &str) -> Bytes {
-    let chunk = json!({"choices": [{"index": 0, "delta": {"reasoning_content": text}}]});
-    Bytes::from(format!("data: {chunk}\n\n"))
+/// A piece of a reply as lines of an event's data.
+fn data_lines(piece: &[u8], fresh: &mut bool) -> Bytes {
+    let mut out = Vec::with_capacity(piece.len() + 16);
+    for line in piece.split_inclusive(|b| *b == b'\n') {
+        if *fresh {
+            out.extend_from_slice(b"data: ");
+        }
+        out.extend_from_slice(line);
+        *fresh = line.ends_with(b"\n");
+    }
+    out.into()
 }
 
 impl Pending {
@@ -119,7 +132,7 @@ impl Pending {
                         std::task::ready!(timer.as_mut().poll(cx));
                         let (delay, piece) = match &self.shown {
                             Shown::Comments => (SILENCE, Bytes::from_static(COMMENT)),
-                            Shown::Progress(_) => (PROGRESS, reasoning(".")),
+                            Shown::Progress(_) => (PROGRESS, self.dialect.progress(".")),
                         };
                         timer.as_mut().reset(tokio::time::Instant::now() + delay);
                         self.queue.push(piece);
@@ -139,6 +152,23 @@ impl Pending {
                         self.quote(&quoted);
                     }
                 },
+                State::Telling(body, fresh) => {
+                    match std::task::ready!(Pin::new(body.as_mut()).poll_frame(cx)) {
+                        Some(Ok(frame)) => {
+                            let data = frame.into_data().unwrap_or_default();
+                            if !data.is_empty() {
+                                self.queue.push(data_lines(&data, fresh));
+                            }
+                        }
+                        Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                        None => {
+                            let gap: &[u8] = if *fresh { b"\n" } else { b"\n\n" };
+                            self.queue.push([gap, self.dialect.end()].concat().into());
+                            self.state = State::Over;
+                        }
+                    }
+                }
+                State::Over => return Poll::Ready(None),
                 State::Flushing => {
                     self.state = State::Broken;
                     cx.waker().wake_by_ref();
@@ -152,8 +182,7 @@ impl Pending {
     fn answered(&mut self, result: Result<Response<Body>, ApiError>) {
         match result {
             Err(error) => {
-                self.queue
-                    .push(Bytes::from(format!("data: {}\n\n", error.to_json())));
+                self.queue.push(self.dialect.error(&error).into());
                 self.state = State::Flushing;
             }
             Ok(response) => {
@@ -166,10 +195,12 @@ impl Pending {
                 if parts.status.is_success() && kind.starts_with(b"text/event-stream") {
                     if matches!(self.shown, Shown::Progress(_)) {
                         let seconds = self.begun.elapsed().as_secs_f64();
-                        self.queue
-                            .push(reasoning(&format!("\nDone! ({seconds:.2}s)\n━━━━━\n")));
+                        let done = format!("\nDone! ({seconds:.2}s)\n━━━━━\n");
+                        self.queue.push(self.dialect.progress(&done));
                     }
                     self.state = State::Streaming(Box::new(body));
+                } else if parts.status.is_success() {
+                    self.state = State::Telling(Box::new(body), true);
                 } else {
                     self.state = State::Quoting(Box::new(body), Vec::new());
                 }
@@ -177,20 +208,19 @@ impl Pending {
         }
     }
 
-    /// Tells a plain reply as an event: an error's own JSON, or its text in an envelope.
+    /// Tells a plain error as an event: its own JSON, or its text in an envelope.
     fn quote(&mut self, text: &[u8]) {
         let own = serde_json::from_slice::<serde_json::Value>(text)
             .ok()
             .filter(|v| v.get("error").is_some());
-        let event = own.map_or_else(
-            || {
-                ApiError::internal(String::from_utf8_lossy(text))
-                    .with_code("upstream_error")
-                    .to_json()
-            },
-            |value| value.to_string(),
-        );
-        self.queue.push(Bytes::from(format!("data: {event}\n\n")));
+        let event = match own {
+            Some(whole) => self.dialect.error_of(whole),
+            None => {
+                let error = ApiError::internal(String::from_utf8_lossy(text)).with_code("upstream_error");
+                self.dialect.error(&error)
+            }
+        };
+        self.queue.push(event.into());
         self.state = State::Flushing;
     }
 }
@@ -209,14 +239,14 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn silence_is_filled_with_comments() {
         let begun = tokio::time::Instant::now();
-        let mut body = begin(Box::pin(std::future::pending()), Shown::Comments).into_body();
+        let mut body = begin(Box::pin(std::future::pending()), Shown::Comments, Dialect::Chat).into_body();
         assert_eq!(next(&mut body).await.unwrap().unwrap().as_bytes(), COMMENT);
         assert_eq!(next(&mut body).await.unwrap().unwrap().as_bytes(), COMMENT);
         assert_eq!(begun.elapsed().as_secs(), SILENCE.as_secs());
     }
 
     #[tokio::test(start_paused = true)]
-    async fn a_late_failure_or_plain_reply_is_an_event_and_no_clean_end() {
+    async fn a_late_failure_is_an_event_and_no_clean_end() {
         let failed: Work = Box::pin(async { Err(ApiError::unavailable("x", "why", None)) });
         let plain: Work = Box::pin(async {
             let mut response = Response::new(Body::Full("{\"error\":{\"message\":\"why\"}}".into()));
@@ -224,7 +254,7 @@ mod tests {
             Ok(response)
         });
         for work in [failed, plain] {
-            let mut body = begin(work, Shown::Comments).into_body();
+            let mut body = begin(work, Shown::Comments, Dialect::Chat).into_body();
             next(&mut body).await;
             let event = next(&mut body).await.unwrap().unwrap();
             assert!(
@@ -233,5 +263,29 @@ mod tests {
             );
             assert!(next(&mut body).await.unwrap().is_err());
         }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_good_reply_that_is_no_stream_is_one_event() {
+        let text = format!("{{\"a\":\n \"{}\"}}", "x".repeat(100_000));
+        for (dialect, end) in [(Dialect::Text, "data: [DONE]\n\n"), (Dialect::Messages, "")] {
+            let reply = Response::new(Body::Full(text.clone().into()));
+            let mut body = begin(Box::pin(async { Ok(reply) }), Shown::Comments, dialect).into_body();
+            let mut seen = String::new();
+            while let Some(piece) = next(&mut body).await {
+                seen.push_str(&piece.unwrap());
+            }
+            let data = text.replace('\n', "\ndata: ");
+            assert_eq!(seen, format!(": keep-alive\n\ndata: {data}\n\n{end}"));
+        }
+    }
+
+    #[test]
+    fn lines_that_are_cut_go_on() {
+        let mut fresh = true;
+        let cut: Vec<Bytes> = [b"a\n".as_slice(), b"b", b"c\nd"]
+            .map(|p| data_lines(p, &mut fresh))
+            .to_vec();
+        assert_eq!(cut.concat(), b"data: a\ndata: bc\ndata: d");
     }
 }
