@@ -250,7 +250,8 @@ fn the_plan_and_the_process_are_shown() {
             .as_u64()
             .unwrap_or_else(|| panic!("{name}: {limits}"))
     };
-    assert_eq!(limits["step_bytes_from"], "measured");
+    // On the CPU the warm-up leaves out the longest context, for which the estimate stands.
+    assert_eq!(limits["step_bytes_from"], "estimated");
     assert!(
         number("kv_bytes") <= 64 << 20 && number("step_bytes") > 0,
         "{limits}"

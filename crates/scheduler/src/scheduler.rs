@@ -131,8 +131,8 @@ impl Scheduler {
     /// have relied on what was not written: these would go on from garbage. Gives all that are gone, to be answered.
     /// Nothing that they computed since their last token was read stays cached.
     ///
-    /// Where the copies of a plan failed, nobody knows what lies where: fail all that is running, and
-    /// [clear the cache](Self::clear_cache).
+    /// For failures that belong to these requests alone. Where the device failed, or the copies of a plan, nobody knows what
+    /// lies where: see [`Self::fail_running`].
     pub fn fail(&mut self, ids: &[SeqId]) -> Vec<SeqId> {
         let mut gone = Vec::new();
         for &id in ids {
@@ -150,6 +150,20 @@ impl Scheduler {
             }
             self.ask_again = true;
         }
+        gone
+    }
+
+    /// Takes out all that is running, and forgets everything cached: the device failed, and nobody knows what of the last
+    /// steps was written. Whoever waits goes on waiting. Gives all that are gone, to be answered.
+    pub fn fail_running(&mut self) -> Vec<SeqId> {
+        let running: Vec<SeqId> = self
+            .jobs
+            .iter()
+            .filter(|(_, job)| job.running.is_some())
+            .map(|(&id, _)| id)
+            .collect();
+        let gone = self.fail(&running);
+        self.clear_cache();
         gone
     }
 

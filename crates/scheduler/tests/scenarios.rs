@@ -433,6 +433,31 @@ fn a_failure_takes_along_those_who_relied_on_it_and_nobody_else() {
 
 /// In a pool full of cached prefixes of all sizes, and with all of them admitted in one step.
 #[test]
+fn a_device_that_fails_takes_all_that_runs_and_what_was_cached() {
+    let config = Config {
+        max_running: 2,
+        ..config()
+    };
+    let mut scheduler = scheduler(config);
+    for id in 0..3 {
+        submit(&mut scheduler, id, own(id, 100), 50);
+    }
+    for _ in 0..4 {
+        step(&mut scheduler);
+    }
+    // One that has ended is cached, and part of the last step all the same.
+    scheduler.finish(SeqId(0));
+    step(&mut scheduler);
+    assert_eq!((scheduler.running(), scheduler.waiting()), (2, 0));
+    submit(&mut scheduler, 3, own(0, 100), 50);
+    assert_eq!(scheduler.fail_running(), [SeqId(1), SeqId(2)]);
+    scheduler.audit().unwrap();
+    assert_eq!((scheduler.running(), scheduler.waiting()), (0, 1));
+    assert_eq!(scheduler.usage().used_bytes, 0);
+    assert_eq!(parts(&step(&mut scheduler)), [(3, 0, 100)]);
+}
+
+#[test]
 fn sequences_are_one_run_each_also_in_a_full_pool() {
     let mut config = config();
     config.cache.total_blocks = 256;

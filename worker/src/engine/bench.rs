@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::sampler::Sampler;
 use super::start;
-use super::stepper::{DecodeRow, Stepper, runs};
+use super::stepper::{DecodeRow, Fault, Stepper, runs};
 use super::{Engine, EngineConfig, StartError};
 use crate::backend::{Backend, GenerateRequest, GenerationEvent, SamplingParams};
 
@@ -142,7 +142,7 @@ pub fn bare(config: EngineConfig, wishes: &[Wish]) -> Result<Vec<Figures>, Start
                 .map(|stream| prompt(stream, round, wish.prompt_tokens, info.vocab_size))
                 .collect();
             let times = run(&mut stepper, &prompts, wish.tokens, block_size, chunk)
-                .map_err(|error| failed(&error))?;
+                .map_err(|fault| failed(&fault.into()))?;
             stepper.clear();
             best = Some(times.best(best));
         }
@@ -159,7 +159,7 @@ fn run(
     tokens: usize,
     block_size: usize,
     chunk: usize,
-) -> Result<Times, Exception> {
+) -> Result<Times, Fault> {
     let length = prompts.first().map_or(0, Vec::len);
     let each = (length + tokens + 1).div_ceil(block_size);
     let tables: Vec<Vec<BlockId>> = (0..prompts.len())
@@ -205,15 +205,11 @@ fn run(
         if first.is_some() {
             host += issuing.elapsed();
         }
-        for (_, read) in stepper.read() {
-            read?;
-        }
+        stepper.read()?;
         first.get_or_insert_with(Instant::now);
     }
     stepper.begin();
-    for (_, read) in stepper.read() {
-        read?;
-    }
+    stepper.read()?;
     let first = first.unwrap_or_else(Instant::now);
     Ok(Times {
         prefill: first - started,

@@ -16,7 +16,7 @@ use super::sampler::Sampler;
 use super::sequence::{Outcome, Sequence};
 use super::start;
 use super::stats::{Counters, Place};
-use super::stepper::{DecodeRow, Landed, Stepper};
+use super::stepper::{DecodeRow, Fault, Landed, Stepper};
 use super::{EngineConfig, StartError};
 use crate::backend::{EngineError, EngineState, GenerateRequest, GenerationEvent, Miss, ModelInfo};
 use crate::model::LoadProgress;
@@ -238,11 +238,9 @@ impl<'a> Loop<'a> {
         self.counters.running.store(self.scheduler.running(), Relaxed);
         self.stepper.begin();
         self.issue(plan)?;
-        for (rows, read) in self.stepper.read() {
-            match read {
-                Ok(landed) => self.land(landed),
-                Err(error) => self.fail(&rows, &error)?,
-            }
+        match self.stepper.read() {
+            Ok(landed) => self.land(landed),
+            Err(error) => self.fail_running(&error)?,
         }
         Ok(())
     }
@@ -261,12 +259,9 @@ impl<'a> Loop<'a> {
                 sequence.history = Some(history);
             }
         }
-        if let Err(error) = self.stepper.copy(&plan.copies) {
+        if let Err(fault) = self.stepper.copy(&plan.copies) {
             // Nobody knows now what lies where.
-            let all: Vec<SeqId> = self.sequences.keys().copied().collect();
-            let failed = self.fail(&all, &error);
-            self.scheduler.clear_cache();
-            return failed;
+            return self.fail_running(&fault.into());
         }
         for chunk in plan.prefill {
             let Some(sequence) = self.sequences.get_mut(&chunk.id) else {
@@ -287,8 +282,11 @@ impl<'a> Loop<'a> {
             self.counters
                 .prefill_tokens
                 .fetch_add(chunk.tokens.len() as u64, Relaxed);
-            if let Err(error) = issued {
-                self.fail(&[chunk.id], &error)?;
+            match issued {
+                Ok(()) => {}
+                Err(Fault::Graph(error)) => self.fail(&[chunk.id], &error)?,
+                // With everything that runs, whatever else this plan has to issue is gone.
+                Err(Fault::Device(error)) => return self.fail_running(&error),
             }
         }
         if plan.decode.is_empty() {
@@ -313,11 +311,14 @@ impl<'a> Loop<'a> {
             .collect();
         samplers.sort_unstable_by_key(|(place, _)| *place);
         let mut samplers: Vec<&mut Sampler> = samplers.into_iter().map(|(_, sampler)| sampler).collect();
-        if let Err(error) = self.stepper.decode(&rows, &mut samplers) {
-            let rows: Vec<SeqId> = rows.iter().map(|row| row.id).collect();
-            return self.fail(&rows, &error);
+        match self.stepper.decode(&rows, &mut samplers) {
+            Ok(()) => Ok(()),
+            Err(Fault::Graph(error)) => {
+                let rows: Vec<SeqId> = rows.iter().map(|row| row.id).collect();
+                self.fail(&rows, &error)
+            }
+            Err(Fault::Device(error)) => self.fail_running(&error),
         }
-        Ok(())
     }
 
     /// Tokens have been read: their readers get them.
@@ -336,21 +337,30 @@ impl<'a> Loop<'a> {
         }
     }
 
-    /// Ends the sequences of a step that failed. When MLX cannot even add two numbers any more, the engine is done for.
+    /// Ends the sequences whose part of a step could not be built, and those that share what it should have written.
     fn fail(&mut self, rows: &[SeqId], error: &Exception) -> Result<(), Broken> {
-        tracing::error!(error = error.what(), "a step failed");
-        // With them go those that share what the step should have written.
-        for id in self.scheduler.fail(rows) {
+        let gone = self.scheduler.fail(rows);
+        self.answer(gone, error)
+    }
+
+    /// The device failed: ends all that runs, since none of it can be told apart from what failed.
+    fn fail_running(&mut self, error: &Exception) -> Result<(), Broken> {
+        let gone = self.scheduler.fail_running();
+        self.stepper.clear();
+        self.answer(gone, error)
+    }
+
+    /// Tells the readers of sequences that are gone. When MLX cannot even add two numbers any more, the engine is done for.
+    fn answer(&mut self, gone: Vec<SeqId>, error: &Exception) -> Result<(), Broken> {
+        tracing::error!(error = error.what(), requests = gone.len(), "a step failed");
+        for id in gone {
             if let Some(sequence) = self.sequences.remove(&id) {
                 sequence.fail(EngineError::Step(error.what().to_owned()));
             }
         }
-        let one = mlx_rs::Array::from_f32(1.0);
-        let probe = one.add(&one).and_then(|sum| sum.eval());
-        if let Err(second) = probe {
-            return Err(Broken(format!("{}; and then: {}", error.what(), second.what())));
-        }
-        Ok(())
+        self.stepper
+            .probe()
+            .map_err(|second| Broken(format!("{}; and then: {}", error.what(), second.what())))
     }
 
     fn fail_all(&mut self, error: &EngineError) {
@@ -379,3 +389,6 @@ impl<'a> Loop<'a> {
 fn refused(refusal: &Refusal) -> EngineError {
     EngineError::Step(refusal.to_string())
 }
+
+#[cfg(test)]
+mod tests;

@@ -120,7 +120,11 @@ pub(super) fn start(
             .min(largest.saturating_mul(4).max(BUFFERS_LEAST)),
         ..wishes
     };
-    let plan = MemoryPlan::new(&facts, &wishes)?.measured(largest)?;
+    let plan = match MemoryPlan::new(&facts, &wishes)? {
+        // The estimate stands.
+        plan if largest > seen => plan,
+        plan => plan.measured(largest)?,
+    };
     device::apply(&plan).map_err(warm_up_error)?;
     tracing::info!("memory: {plan}");
 
@@ -236,6 +240,9 @@ fn step_shape(
     }
 }
 
+/// More rows than this in a step are not tried at start: it would take long, and a prompt's chunk needs more memory.
+const MOST_WARM_ROWS: usize = 64;
+
 /// A real prefill and decodes, greedy and sampled, at the shapes that matter: the largest chunk over the longest context
 /// that a step may look back on, and as many rows as may run. Kernels are compiled and weights touched before anybody waits
 /// for it, the memory that the largest step needs is seen, and a model that cannot run is found before the port is
@@ -250,7 +257,7 @@ fn warm_up(
     if fused {
         longest_chunk(stepper, config, tokens)?;
     }
-    let rows = config.max_running.clamp(1, 8);
+    let rows = config.max_running.clamp(1, MOST_WARM_ROWS);
     let room = (tokens / block_size / rows).saturating_mul(block_size);
     let prompt = vec![0_u32; config.prefill_chunk.min(room.saturating_sub(4)).clamp(1, 64)];
     let each = (prompt.len() + 2).div_ceil(block_size);
@@ -299,14 +306,10 @@ fn warm_up(
             .collect::<Result<Vec<_>, Exception>>()?;
         let mut samplers: Vec<&mut Sampler> = samplers.iter_mut().collect();
         stepper.decode(&rows, &mut samplers)?;
-        for (_, read) in stepper.read() {
-            read?;
-        }
+        stepper.read()?;
     }
     stepper.begin();
-    for (_, read) in stepper.read() {
-        read?;
-    }
+    stepper.read()?;
     stepper.clear();
     Ok(())
 }
@@ -318,17 +321,18 @@ fn longest_chunk(stepper: &mut Stepper, config: &EngineConfig, tokens: usize) ->
     let budget = usize::try_from(config.step_budget / chunk as u64).unwrap_or(usize::MAX);
     let end = budget.min(tokens).max(chunk);
     let start = end - chunk;
-    let table = (0..end.div_ceil(block_size))
+    let mut table = (0..end.div_ceil(block_size))
         .map(|block| u32::try_from(block).map(BlockId))
         .collect::<Result<Vec<_>, _>>()
         .map_err(|_| Exception::custom("too many blocks"))?;
+    // In two pieces: what lies apart is copied together before it is attended to.
+    let half = table.len() / 2;
+    table.rotate_left(half);
     let runs = super::stepper::runs(&table, block_size, start, chunk);
     stepper.begin();
     stepper.prefill(SeqId(0), &vec![0; chunk], start, &runs, &table, None)?;
     stepper.begin();
-    for (_, read) in stepper.read() {
-        read?;
-    }
+    stepper.read()?;
     stepper.clear();
     Ok(())
 }

@@ -34,10 +34,55 @@ pub(super) struct Stepper {
     /// Draws to read: the step before that.
     landed: Vec<Flight>,
     /// Keys and values of chunks that end in no draw, from this step and from the one before.
-    chunks: Vec<(SeqId, Vec<Array>)>,
-    chunks_before: Vec<(SeqId, Vec<Array>)>,
+    chunks: Vec<Vec<Array>>,
+    chunks_before: Vec<Vec<Array>>,
     /// Parameters of the rows that were stepped together last.
     parameters: Option<(Vec<SeqId>, Parameters)>,
+    /// What is to go wrong.
+    #[cfg(test)]
+    pub(super) faults: Faults,
+}
+
+/// Failures to be met by tests.
+#[cfg(test)]
+#[derive(Debug, Default)]
+pub(super) struct Faults {
+    /// The prefill of a prompt of so many tokens cannot be built.
+    pub(super) prompt: Option<usize>,
+    /// The device fails in the step with so many rows, once.
+    pub(super) rows: Option<usize>,
+    /// And is lost then.
+    pub(super) lost: bool,
+}
+
+/// Why a step failed.
+#[derive(Debug)]
+pub(super) enum Fault {
+    /// Its graph could not be built: it concerns the requests that it was for, and nothing has been issued.
+    Graph(Exception),
+    /// The device failed. MLX keeps one such error for a stream and gives it to whoever asks next, so that nobody knows whose
+    /// it was; what has been issued since may or may not have been written.
+    Device(Exception),
+}
+
+impl From<Exception> for Fault {
+    fn from(error: Exception) -> Self {
+        Self::Graph(error)
+    }
+}
+
+impl From<Fault> for Exception {
+    fn from(fault: Fault) -> Self {
+        let (Fault::Graph(error) | Fault::Device(error)) = fault;
+        error
+    }
+}
+
+type Step = std::result::Result<(), Fault>;
+
+/// Starts the evaluation of a step's arrays.
+fn issue<'a>(arrays: impl IntoIterator<Item = &'a Array>) -> Step {
+    async_eval(arrays).map_err(Fault::Device)
 }
 
 /// Rows drawn together.
@@ -89,6 +134,8 @@ impl Stepper {
             chunks: Vec::new(),
             chunks_before: Vec::new(),
             parameters: None,
+            #[cfg(test)]
+            faults: Faults::default(),
         };
         Ok((stepper, report))
     }
@@ -104,7 +151,11 @@ impl Stepper {
         self.landed.append(&mut self.flights);
     }
 
-    pub(super) fn copy(&self, copies: &[CopyBlock]) -> Result<()> {
+    pub(super) fn copy(&self, copies: &[CopyBlock]) -> Step {
+        if copies.is_empty() {
+            return Ok(());
+        }
+        self.settle()?;
         let piece = (COPIED_AT_ONCE / self.block_size).max(1);
         let mut moves = Vec::new();
         for (from, to, blocks) in copy_runs(copies) {
@@ -117,7 +168,17 @@ impl Stepper {
                 });
             }
         }
-        self.kv.copy(&moves)
+        // Some of it may have been issued when it fails.
+        self.kv.copy(&moves).map_err(Fault::Device)
+    }
+
+    /// Waits for the steps in flight, where they write to the cache in a way that MLX does not order with what is written to it
+    /// next: see [`Model::writes_unseen`].
+    fn settle(&self) -> Step {
+        if self.model.writes_unseen() {
+            eval(self.landed.iter().map(|flight| &flight.draw.tokens)).map_err(Fault::Device)?;
+        }
+        Ok(())
     }
 
     /// Computes a chunk of a prompt. With `draw` the token after it is drawn.
@@ -129,7 +190,12 @@ impl Stepper {
         runs: &[SlotRun],
         table: &[BlockId],
         draw: Option<(&mut Sampler, Option<History>)>,
-    ) -> Result<()> {
+    ) -> Step {
+        #[cfg(test)]
+        if self.faults.prompt == Some(start + tokens.len()) && draw.is_some() {
+            return Err(Exception::custom("a prompt that no graph can be made of").into());
+        }
+        self.settle()?;
         let writes = self.writes(runs)?;
         let reads = spans(table, self.block_size, start + tokens.len())?;
         let chunk = Chunk {
@@ -140,15 +206,15 @@ impl Stepper {
         let tokens = Array::from_slice(tokens, &[1, int(tokens.len())?]);
         let (hidden, written) = self.model.prefill(&tokens, &chunk, &self.kv)?;
         let Some((sampler, history)) = draw else {
-            async_eval(&written)?;
-            self.chunks.push((id, written));
+            issue(&written)?;
+            self.chunks.push(written);
             return Ok(());
         };
         let mut history = history.unwrap_or_else(|| sampler.history(self.vocab));
         let parameters = Parameters::new(&[&*sampler], self.vocab)?;
         let logits = self.model.last_logits(&hidden)?;
         let draw = parameters.draw(&logits, &mut history, std::iter::once(sampler))?;
-        async_eval(draw.arrays().chain(history.arrays()))?;
+        issue(draw.arrays().chain(history.arrays()))?;
         self.flights.push(Flight {
             rows: vec![id],
             draw,
@@ -158,7 +224,7 @@ impl Stepper {
     }
 
     /// The next token of every row, from the draws of the step before. `samplers` has those of `rows`, in that order.
-    pub(super) fn decode(&mut self, rows: &[DecodeRow<'_>], samplers: &mut [&mut Sampler]) -> Result<()> {
+    pub(super) fn decode(&mut self, rows: &[DecodeRow<'_>], samplers: &mut [&mut Sampler]) -> Step {
         let ids: Vec<SeqId> = rows.iter().map(|row| row.id).collect();
         let (tokens, mut history) = self.previous(&ids)?;
         let places = rows
@@ -182,11 +248,11 @@ impl Stepper {
             self.parameters = Some((ids.clone(), Parameters::new(&shared, self.vocab)?));
         }
         let Some((_, parameters)) = &self.parameters else {
-            return Err(Exception::custom("rows without parameters"));
+            return Err(Exception::custom("rows without parameters").into());
         };
         let samplers = samplers.iter_mut().map(|sampler| &mut **sampler);
         let draw = parameters.draw(&logits, &mut history, samplers)?;
-        async_eval(draw.arrays().chain(history.arrays()))?;
+        issue(draw.arrays().chain(history.arrays()))?;
         self.flights.push(Flight {
             rows: ids,
             draw,
@@ -231,22 +297,34 @@ impl Stepper {
         })
     }
 
-    /// Waits for the step before this one and reads it: each group of rows with its tokens, or with what went wrong.
-    pub(super) fn read(&mut self) -> Vec<(Vec<SeqId>, Result<Vec<Landed>>)> {
-        let mut all: Vec<_> = std::mem::take(&mut self.landed)
-            .into_iter()
-            .map(|flight| {
-                let read = flight.read();
-                (flight.rows, read)
-            })
-            .collect();
-        // Nobody reads these; waiting for them bounds what is in flight.
-        for (id, chunk) in std::mem::take(&mut self.chunks_before) {
-            if let Err(error) = eval(&chunk) {
-                all.push((vec![id], Err(error)));
-            }
+    /// Waits for the step before this one and reads it. What goes wrong here is the device's, and nobody knows whose.
+    pub(super) fn read(&mut self) -> Result<Vec<Landed>> {
+        // In the order of issue. Nobody reads the chunks; waiting for them bounds what is in flight.
+        for chunk in std::mem::take(&mut self.chunks_before) {
+            eval(&chunk)?;
         }
-        all
+        let mut all = Vec::new();
+        #[cfg(test)]
+        if self.faults.rows.is_some()
+            && self.faults.rows == self.landed.iter().map(|flight| flight.rows.len()).max()
+        {
+            self.faults.rows = None;
+            return Err(Exception::custom("the device failed"));
+        }
+        for flight in std::mem::take(&mut self.landed) {
+            flight.read(&mut all)?;
+        }
+        Ok(all)
+    }
+
+    /// Whether MLX still computes.
+    pub(super) fn probe(&self) -> Result<()> {
+        #[cfg(test)]
+        if self.faults.lost {
+            return Err(Exception::custom("the device is lost"));
+        }
+        let one = Array::from_f32(1.0);
+        one.add(&one)?.eval()
     }
 
     /// Forgets what is in flight.
@@ -278,21 +356,20 @@ impl Stepper {
 }
 
 impl Flight {
-    fn read(&self) -> Result<Vec<Landed>> {
+    fn read(&self, all: &mut Vec<Landed>) -> Result<()> {
         let tokens = self
             .draw
             .tokens
             .to_vec_cast::<u32>()
             .map_err(|error| conversion(&error))?;
-        let rows = self.rows.iter().zip(tokens).zip(&self.draw.logprobs);
-        rows.map(|((&id, token), logprobs)| {
-            Ok(Landed {
+        for ((&id, token), logprobs) in self.rows.iter().zip(tokens).zip(&self.draw.logprobs) {
+            all.push(Landed {
                 id,
                 token,
                 logprob: logprobs.as_ref().map(read_logprobs).transpose()?,
-            })
-        })
-        .collect()
+            });
+        }
+        Ok(())
     }
 }
 

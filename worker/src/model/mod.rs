@@ -215,6 +215,13 @@ impl Model {
         self.kernels.is_some()
     }
 
+    /// A step writes to the cache where MLX does not see it, and the device does not order that with what others write there
+    /// later, unless they depend on the step's results. Metal's command buffers of one queue may overlap; CUDA's run in turn.
+    #[must_use]
+    pub fn writes_unseen(&self) -> bool {
+        self.has_kernels() && cfg!(target_os = "macos")
+    }
+
     fn kernel_weights(&self) -> Option<kernels::Weights> {
         self.decoder.kernel_weights()
     }

@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 use mlx_rs::error::{Exception, Result};
 use mlx_rs::ops::indexing::argmax_axis;
 use mlx_rs::transforms::{async_eval, eval};
-use mlx_rs::{Array, Dtype};
+use mlx_rs::{Array, Dtype, ops};
 use serde::Serialize;
 
+use super::attend::MOST_ROWS;
 use super::decode::KernelDecoder;
 use super::{Made, Unfit, unfit};
 use crate::model::Model;
-use crate::model::kv::{Chunk, KvSlabs, Row, Rows, Span};
+use crate::model::kv::{Chunk, KvSlabs, LayerSlabs, Row, Rows, Span};
 
 /// Steps that are timed, after one that is not.
 const STEPS: usize = 4;
@@ -81,6 +82,9 @@ fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<Ke
     if mlx_ext::Language::of_device()?.is_none() {
         return Err(unfit("no kernels for the CPU"));
     }
+    if int(rows)? > MOST_ROWS {
+        return Err(unfit(format!("{rows} rows in a step, at most {MOST_ROWS}")));
+    }
     let weights = model
         .kernel_weights()
         .ok_or_else(|| unfit("no kernels for this architecture"))?;
@@ -96,23 +100,31 @@ fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<Ke
         tokens.push((place * 977 + 13) % vocab);
     }
     tracing::debug!("kernels: the test's prompts are computed");
-    let tokens = Array::from_slice(&tokens, &[1, int(tokens.len())?]);
+    let others: Vec<i32> = tokens.iter().map(|token| (token + vocab / 2) % vocab).collect();
+    let [tokens, others] =
+        [tokens, others].map(|tokens| Array::from_slice(&tokens, &[1, tokens.len() as i32]));
     let mut error = 0.0_f32;
     // The kernels for each number of rows are compiled here, and not when somebody waits for them.
     let all = prompts.len();
     for count in [1, 2, 4, all].into_iter().filter(|&count| count <= all) {
-        let some = mlx_ext::ops::slice(&tokens, &[0, 0], &[1, int(count)?])?;
-        let step = step(prompts.get(..count).unwrap_or_default(), 0);
-        let expected = reference(model, kv, &some, &step)?.as_type::<f32>()?;
-        // Evaluated first: the kernels write to the cache unseen by MLX.
+        let some = |tokens: &Array| mlx_ext::ops::slice(tokens, &[0, 0], &[1, int(count)?]);
+        let prompts = prompts.get(..count).unwrap_or_default();
+        let step = step(prompts, 0);
+        let tokens = some(&tokens)?;
+        // Each evaluated before the next: the kernels write to the cache unseen by MLX.
+        let expected = reference(model, kv, &tokens, &step)?.as_type::<f32>()?;
         expected.eval()?;
+        let expected_kv = written(kv, prompts)?;
+        // Something else in its place, so that it is noticed when the kernels leave it there.
+        reference(model, kv, &some(&others)?, &step)?.eval()?;
         let found = kernels
-            .scores(&some, step.positions(), &step.tables())?
+            .scores(&tokens, step.positions(), &step.tables())?
             .as_type::<f32>()?;
         error = error.max(difference(&found, &expected)?);
+        error = error.max(difference(&written(kv, prompts)?, &expected_kv)?);
         tracing::debug!(rows = count, error, "kernels: compared");
     }
-    let most = if kv.dtype() == Dtype::Float32 { 1e-3 } else { 0.1 };
+    let most = if kv.dtype() == Dtype::Float32 { 1e-3 } else { 0.05 };
     let reference_ms = time(&prompts, &tokens, |tokens, step| {
         reference(model, kv, tokens, step)
     })?;
@@ -229,6 +241,30 @@ fn step(prompts: &[Prompt], done: i32) -> Rows {
         }
     };
     Rows::new(prompts.iter().map(row).collect(), 8192)
+}
+
+/// Keys and values that stand where the step after no others writes: two rows for each prompt, all layers side by side.
+fn written(kv: &KvSlabs, prompts: &[Prompt]) -> Result<Array> {
+    let mut rows = Vec::with_capacity(2 * prompts.len());
+    for prompt in prompts {
+        let at = spans(prompt, prompt.length, prompt.length + 1)
+            .first()
+            .map_or(0, |span| span.start);
+        for side in [
+            |layer: &LayerSlabs| layer.keys.array().clone(),
+            |layer: &LayerSlabs| layer.values.array().clone(),
+        ] {
+            let parts = kv.layers().iter().map(|layer| {
+                let slab = side(layer);
+                let (heads, width) = (slab.dim(0), slab.dim(2));
+                mlx_ext::ops::slice(&slab, &[0, at, 0], &[heads, at + 1, width])?.reshape(&[1, -1])
+            });
+            rows.push(ops::concatenate(&parts.collect::<Result<Vec<_>>>()?, 1)?);
+        }
+    }
+    let rows = ops::concatenate(&rows, 0)?.as_type::<f32>()?;
+    rows.eval()?;
+    Ok(rows)
 }
 
 fn reference(model: &Model, kv: &KvSlabs, tokens: &Array, step: &Rows) -> Result<Array> {
