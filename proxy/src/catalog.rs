@@ -13,7 +13,6 @@ use crate::process::Definition;
 use crate::residency;
 use crate::rewrite::Rewrite;
 use crate::select::Destination;
-use crate::upstream::Limits;
 
 /// One registry in force, with its names looked up once.
 #[derive(Debug)]
@@ -53,15 +52,10 @@ impl Catalog {
                     rewrites.insert(name.as_str().into(), rewrite);
                 }
             }
-            let limits = Limits {
-                connect: model.timeouts.connect,
-                response_header: model.timeouts.response_header,
-                idle: model.timeouts.idle_conn,
-            };
             let definition = Definition {
                 id: model_id.clone(),
                 launch: model.launch.clone(),
-                limits,
+                limits: (&model.timeouts).into(),
             };
             definitions.insert(model_id, Arc::new(definition));
         }

@@ -388,6 +388,12 @@ impl House {
         let now = self.now();
         let mut inner = self.inner.lock();
         let config = catalog.rules();
+        for process in inner.processes.values() {
+            if let (Some((pool, _)), Some(now)) = (process.upstream.get(), catalog.definition(&process.model))
+            {
+                pool.set_limits(now.limits);
+            }
+        }
         inner.catalog = catalog;
         self.step(&mut inner, now, Event::Reload { config, changed });
     }
@@ -480,6 +486,10 @@ impl House {
                 let loads = inner.loads.entry(model.clone()).or_default();
                 (loads.ready, loads.time) = (loads.ready + 1, loads.time + time);
                 tracing::info!(%model, ms, "ready");
+                // They may have been changed since the start.
+                if let Some(definition) = inner.catalog.definition(&model) {
+                    pool.set_limits(definition.limits);
+                }
                 let _ = process.upstream.set((pool, prefix));
                 Event::Ready(model, instance)
             }

@@ -51,6 +51,8 @@ async fn a_used_connection_that_is_not_ready_holds_no_request_up() {
         connect: None,
         response_header: Some(Duration::from_secs(20)),
         idle: None,
+        keepalive: None,
+        tls_handshake: None,
     };
     let pool = Pool::new("127.0.0.1", port, limits);
     // More than the buffers of both ends hold.
@@ -117,5 +119,52 @@ fn a_broken_reply_gets_an_error_event_only_where_one_fits() {
             answer.body.trim_end(),
             if answer.body.is_empty() { "" } else { "ab" }
         );
+    }
+}
+
+/// `swapd check` takes an https:// address of a command, and so does the program.
+#[test]
+fn a_command_that_serves_over_tls_is_spoken_to_over_tls() {
+    let dir = tempfile::tempdir().unwrap();
+    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+    let file = |name: &str, text: String| {
+        let path = dir.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        path.to_str().unwrap().to_owned()
+    };
+    let cert = file("cert.pem", made.cert.pem());
+    let key = file("key.pem", made.signing_key.serialize_pem());
+    // The server at the end of it: it answers /health over TLS.
+    let server = Swapd::start_with(
+        "models: {m: {worker: {model: DIR}}}",
+        &["--tls-cert-file", &cert, "--tls-key-file", &key],
+    );
+    let base = format!("https://localhost:{}", server.address.rsplit(':').next().unwrap());
+    let config = format!("models: {{m: {{cmd: 'sleep 600', proxy: '{base}'}}}}");
+    let swapd = Swapd::start_env(&config, &[], &[("SSL_CERT_FILE", &cert)]);
+    let answer = swapd.chat("m", "");
+    assert_eq!(answer.json()["object"], "chat.completion", "{answer:?}");
+    assert_eq!(swapd.running()[0]["proxy"], base);
+}
+
+#[test]
+fn changed_timeouts_hold_for_the_running_process() {
+    let config = |timeouts: &str| {
+        format!(
+            "models:
+  a: {{worker: {{model: DIR}}{timeouts}}}
+  b: {{cmd: 'FAKESERVER --port ${{PORT}}'{timeouts}}}
+groups: {{both: {{swap: false, members: [a, b]}}}}"
+        )
+    };
+    let swapd = Swapd::start(&config(""));
+    let pids = ["a", "b"].map(|m| swapd.chat(m, "").json()["pid"].clone());
+    swapd.rewrite(&config(", timeouts: {responseHeader: 1}"));
+    let diff = swapd.post("/api/reload", "").json();
+    assert_eq!(diff["retuned"], serde_json::json!(["a", "b"]), "{diff}");
+    for (model, pid) in ["a", "b"].into_iter().zip(pids) {
+        let late = swapd.chat(model, r#""delay_ms":5000"#);
+        assert!(late.error().0.contains("no reply within 1 s"), "{late:?}");
+        assert_eq!(swapd.chat(model, "").json()["pid"], pid);
     }
 }

@@ -42,8 +42,9 @@ that is still `${...}` afterwards is an error. Keys are not expanded, except und
 
 ## Names
 
-A request's `model` is looked up as model id, alias, selector, `peer/model`, and last as a model that exactly one peer
-has. No name may stand for two things: a model's id is never an alias of another.
+A request's `model` is looked up as model id, alias, selector, `peer/model`, and last as a model that peers have: if
+there are several, they are asked in the order of their `priority`. No name may stand for two things: a model's id is never
+an alias of another.
 ";
 
 /// The reference page, in Markdown.

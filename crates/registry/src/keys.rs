@@ -270,13 +270,13 @@ pub(crate) static MODEL: Object = Object {
             "proxy",
             Ty::Str,
             "http://localhost:${PORT}",
-            "Base address of the server that `cmd` starts.",
+            "Base address of the server that `cmd` starts, http:// or https://.",
         ),
         key(
             "checkEndpoint",
             Ty::Str,
             "/health",
-            "Path that answers 200 once it is ready; `none`: ready as soon as started.",
+            "Path that answers 200 once it is ready; `none`: ready as soon as it accepts connections.",
         ),
         key(
             "env",
@@ -389,7 +389,7 @@ static TIMEOUTS: Object = Object {
             "keepalive",
             SECONDS,
             "30",
-            "Seconds between TCP keep-alive probes.",
+            "Seconds between TCP keep-alive probes of a server on another machine.",
         ),
         key(
             "responseHeader",
@@ -397,13 +397,14 @@ static TIMEOUTS: Object = Object {
             "0 (peers: 60)",
             "Seconds to the head of the reply.",
         ),
-        key("tlsHandshake", SECONDS, "10", "Seconds for TLS."),
         key(
-            "expectContinue",
+            "tlsHandshake",
             SECONDS,
-            "1",
-            "Seconds to wait for `100 Continue`.",
+            "10",
+            "Seconds for TLS, where the address is https://.",
         ),
+        key("expectContinue", SECONDS, "1", "")
+            .no_effect("a body is sent with its head, and nobody is asked first"),
         key(
             "idleConn",
             SECONDS,

@@ -204,3 +204,23 @@ fn a_command_with_a_draft_model_is_warned_about() {
         );
     }
 }
+
+#[test]
+fn a_timeout_that_does_nothing_says_so() {
+    let text =
+        |key: &str| format!("models: {{a: {{cmd: 'x', proxy: 'http://h:1', timeouts: {{{key}: 3}}}}}}");
+    let found = warnings(&text("expectContinue"));
+    assert!(
+        found.len() == 1 && found[0].contains("timeouts.expectContinue"),
+        "{found:?}"
+    );
+    for key in [
+        "connect",
+        "keepalive",
+        "responseHeader",
+        "tlsHandshake",
+        "idleConn",
+    ] {
+        assert_eq!(warnings(&text(key)), [""; 0]);
+    }
+}

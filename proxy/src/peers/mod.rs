@@ -254,7 +254,7 @@ impl Peer {
         Ok(Self {
             id: id.to_owned(),
             host: value(&address.authority)?,
-            pool: Pool::far(&address, &entry.timeouts),
+            pool: Pool::far(&address, (&entry.timeouts).into()),
             entry: entry.clone(),
             prefix: address.prefix,
             keys,

@@ -14,7 +14,7 @@ use tokio::sync::mpsc;
 
 use super::{Definition, Order, Process, Report, describe, drain_output, own_program, spawn, supervise};
 use crate::logs::Logs;
-use crate::upstream::{Limits, Pool};
+use crate::upstream::{Address, Limits, Pool};
 
 /// Time between two looks at whether the command answers.
 const POLL: Duration = Duration::from_millis(40);
@@ -25,31 +25,6 @@ const STRANGER_ANSWER: Duration = Duration::from_secs(1);
 /// What a killed command gets before its supervisor is killed too.
 const SUPERVISOR_GRACE: Duration = Duration::from_secs(2);
 
-/// Host, port and path prefix of a base address such as `http://localhost:5800/base`.
-///
-/// # Errors
-/// A sentence that says what is wrong with it.
-pub fn parse_base(url: &str) -> Result<(String, u16, String), String> {
-    let uri: http::Uri = url.parse().map_err(|e| format!("proxy address '{url}': {e}"))?;
-    match uri.scheme_str() {
-        Some("http") => {}
-        other => {
-            return Err(format!(
-                "proxy address '{url}': scheme {} is not http",
-                other.unwrap_or("(none)")
-            ));
-        }
-    }
-    let host = uri
-        .host()
-        .unwrap_or_default()
-        .trim_start_matches('[')
-        .trim_end_matches(']')
-        .to_owned();
-    let prefix = uri.path().trim_end_matches('/').to_owned();
-    Ok((host, uri.port_u16().unwrap_or(80), prefix))
-}
-
 pub(super) async fn run(
     process: &Arc<Process>,
     launch: &registry::CommandLaunch,
@@ -58,14 +33,15 @@ pub(super) async fn run(
     logs: &Logs,
     report: &(impl Fn(Report) + Send + Sync),
 ) -> Result<String, String> {
-    let (host, port, prefix) = parse_base(&launch.proxy)?;
+    let address = Address::parse(&launch.proxy).map_err(|why| format!("proxy address {why}"))?;
+    let Address { host, port, .. } = &address;
     // A stranger on the port would answer the health check in the command's place.
     if let Some(given) = launch.port {
         if let Err(e) = TcpListener::bind(("127.0.0.1", given)).await {
             return Err(format!("port {given} is not free for this model's command: {e}"));
         }
         // The address that is asked may be another one of this machine (`localhost`, `[::1]`).
-        if given == port && accepts(&host, port, STRANGER_ANSWER).await {
+        if given == *port && accepts(host, *port, STRANGER_ANSWER).await {
             return Err(format!(
                 "port {port} is not free for this model's command: somebody listens on {host}"
             ));
@@ -82,8 +58,8 @@ pub(super) async fn run(
     let mut lines = BufReader::new(read).lines();
     let mut listening = true;
     let mut ended = None;
-    let pool = Pool::new(&host, port, definition.limits);
-    let mut health = std::pin::pin!(until_healthy(launch, &host, port, &prefix));
+    let pool = Pool::far(&address, definition.limits);
+    let mut health = std::pin::pin!(until_healthy(launch, &address, definition.limits));
     let mut ready = false;
     let mut kill_supervisor = std::pin::pin!(tokio::time::sleep(Duration::MAX));
     let status = loop {
@@ -91,7 +67,7 @@ pub(super) async fn run(
             status = child.wait() => break status,
             () = &mut health, if !ready && process.pid.get().is_some() => {
                 ready = true;
-                report(Report::Ready(pool.clone(), prefix.clone()));
+                report(Report::Ready(pool.clone(), address.prefix.clone()));
             }
             line = lines.next_line(), if listening => match line {
                 Ok(Some(line)) => match line.split_once(' ') {
@@ -181,9 +157,9 @@ async fn accepts(host: &str, port: u16, limit: Duration) -> bool {
 }
 
 /// Returns when the command answers its health check with 200; without a check, when it accepts connections.
-async fn until_healthy(launch: &registry::CommandLaunch, host: &str, port: u16, prefix: &str) {
+async fn until_healthy(launch: &registry::CommandLaunch, address: &Address, limits: Limits) {
     let Some(endpoint) = &launch.check_endpoint else {
-        while !accepts(host, port, POLL_ANSWER).await {
+        while !accepts(&address.host, address.port, POLL_ANSWER).await {
             tokio::time::sleep(POLL).await;
         }
         return;
@@ -191,13 +167,13 @@ async fn until_healthy(launch: &registry::CommandLaunch, host: &str, port: u16, 
     let limits = Limits {
         connect: Some(POLL_ANSWER),
         response_header: Some(POLL_ANSWER),
-        idle: None,
+        ..limits
     };
-    let path = format!("{prefix}/{}", endpoint.trim_start_matches('/'));
+    let path = format!("{}/{}", address.prefix, endpoint.trim_start_matches('/'));
     loop {
         // A new connection each time: nothing of a half-started server is kept.
-        let pool = Pool::new(host, port, limits);
-        let request = Request::get(&path).header(http::header::HOST, format!("{host}:{port}"));
+        let pool = Pool::far(address, limits);
+        let request = Request::get(&path).header(http::header::HOST, &address.authority);
         let Ok(request) = request.body(Bytes::new()) else {
             return std::future::pending().await;
         };
@@ -207,24 +183,5 @@ async fn until_healthy(launch: &registry::CommandLaunch, host: &str, port: u16, 
             return;
         }
         tokio::time::sleep(POLL).await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn base_addresses() {
-        assert_eq!(
-            parse_base("http://localhost:5800").unwrap(),
-            ("localhost".into(), 5800, String::new())
-        );
-        assert_eq!(
-            parse_base("http://[::1]:81/v/").unwrap(),
-            ("::1".into(), 81, "/v".into())
-        );
-        assert!(parse_base("https://x").unwrap_err().contains("https"));
-        assert!(parse_base("nonsense").is_err());
     }
 }

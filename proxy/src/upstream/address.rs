@@ -1,5 +1,7 @@
 //! A server's base address.
 
+use std::net::IpAddr;
+
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Address {
@@ -36,6 +38,14 @@ impl Address {
             host: host.trim_start_matches('[').trim_end_matches(']').to_owned(),
         })
     }
+
+    /// Whether that is this machine, as far as the name tells.
+    #[must_use]
+    pub fn is_here(&self) -> bool {
+        self.host
+            .parse::<IpAddr>()
+            .map_or(self.host == "localhost", |ip| ip.is_loopback())
+    }
 }
 
 #[cfg(test)]
@@ -51,6 +61,13 @@ mod tests {
         assert_eq!(parse("https://api.test"), "true api.test 443 | api.test | ");
         assert_eq!(parse("http://h:81/v/w/"), "false h 81 | h:81 | /v/w");
         assert_eq!(parse("https://[::1]:8443"), "true ::1 8443 | [::1]:8443 | ");
+        for (base, here) in [
+            ("http://[::1]", true),
+            ("http://localhost:1", true),
+            ("http://10.0.0.1", false),
+        ] {
+            assert_eq!(Address::parse(base).unwrap().is_here(), here);
+        }
         assert!(Address::parse("ftp://h").is_err() && Address::parse("h:80").is_err());
     }
 }

@@ -3,7 +3,8 @@
 //! One connection carries one request at a time. It goes back to the pool by itself when its reply has been read to
 //! the end; dropped at any other moment it is closed at once, so that the server notices that nobody listens any more.
 //!
-//! A peer's server is reached in the same way, through TLS if its address says so.
+//! A peer's server, and one that a foreign command starts, is reached in the same way, through TLS if its address says
+//! so.
 //!
 //! Layout: `address` base addresses; `tunnel` the way through an HTTP proxy; `codec` heads and chunks of HTTP/1.1; `conn` one connection and the reply that comes over it.
 
@@ -18,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{Request, Response};
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use registry::Timeouts;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::TcpStream;
@@ -43,6 +44,22 @@ pub struct Limits {
     pub response_header: Option<Duration>,
     /// That an unused one is kept.
     pub idle: Option<Duration>,
+    /// Between two probes of whether another machine is still there.
+    pub keepalive: Option<Duration>,
+    /// For TLS.
+    pub tls_handshake: Option<Duration>,
+}
+
+impl From<&Timeouts> for Limits {
+    fn from(timeouts: &Timeouts) -> Self {
+        Self {
+            connect: timeouts.connect,
+            response_header: timeouts.response_header,
+            idle: timeouts.idle_conn,
+            keepalive: timeouts.keepalive,
+            tls_handshake: timeouts.tls_handshake,
+        }
+    }
 }
 
 /// Why there is no reply.
@@ -88,8 +105,9 @@ pub struct Pool {
     port: u16,
     /// For requests that name no host.
     authority: String,
-    limits: Limits,
-    /// What only servers on other machines need.
+    /// Those of the registry in force.
+    limits: RwLock<Limits>,
+    /// What a worker of ours does not need.
     far: Option<Far>,
     idle: Mutex<VecDeque<Idle>>,
 }
@@ -97,8 +115,8 @@ pub struct Pool {
 #[derive(Debug)]
 struct Far {
     tls: bool,
-    handshake: Option<Duration>,
-    keepalive: Option<Duration>,
+    /// On this machine: if it goes away, the connection says so.
+    here: bool,
     tunnel: Option<Tunnel>,
 }
 
@@ -116,33 +134,37 @@ impl Pool {
             host: host.to_owned(),
             port,
             authority: format!("{host}:{port}"),
-            limits,
+            limits: RwLock::new(limits),
             far: None,
             idle: Mutex::default(),
         })
     }
 
-    /// An empty pool of a server on another machine.
+    /// An empty pool of a server that may be on another machine, and may want TLS.
     #[must_use]
-    pub fn far(address: &Address, timeouts: &Timeouts) -> Arc<Self> {
+    pub fn far(address: &Address, limits: Limits) -> Arc<Self> {
         let Address { tls, host, port, .. } = address;
         Arc::new(Self {
             host: host.clone(),
             port: *port,
             authority: address.authority.clone(),
-            limits: Limits {
-                connect: timeouts.connect,
-                response_header: timeouts.response_header,
-                idle: timeouts.idle_conn,
-            },
+            limits: RwLock::new(limits),
             far: Some(Far {
                 tls: *tls,
-                handshake: timeouts.tls_handshake,
-                keepalive: timeouts.keepalive,
+                here: address.is_here(),
                 tunnel: Tunnel::from_env(address),
             }),
             idle: Mutex::default(),
         })
+    }
+
+    /// Other limits from now on.
+    pub fn set_limits(&self, limits: Limits) {
+        *self.limits.write() = limits;
+    }
+
+    fn limits(&self) -> Limits {
+        *self.limits.read()
     }
 
     /// Sends a request and returns the reply, whose body is still to come.
@@ -159,7 +181,7 @@ impl Pool {
         request: &Request<Bytes>,
         on_conn: &(dyn Fn(Closer) + Sync),
     ) -> Result<Response<Incoming>, Error> {
-        let Some(limit) = self.limits.response_header else {
+        let Some(limit) = self.limits().response_header else {
             return self.send_unlimited(request, on_conn).await;
         };
         match tokio::time::timeout(limit, self.send_unlimited(request, on_conn)).await {
@@ -171,7 +193,8 @@ impl Pool {
     /// Host and port as a base address.
     #[must_use]
     pub fn address(&self) -> String {
-        format!("http://{}", self.authority)
+        let tls = self.far.as_ref().is_some_and(|far| far.tls);
+        format!("http{}://{}", if tls { "s" } else { "" }, self.authority)
     }
 
     /// Host and port, the port of the scheme too.
@@ -211,9 +234,10 @@ impl Pool {
     }
 
     fn take_idle(&self) -> Option<Conn> {
+        let limit = self.limits().idle;
         let mut idle = self.idle.lock();
         while let Some(Idle { mut conn, since }) = idle.pop_back() {
-            let stale = self.limits.idle.is_some_and(|limit| since.elapsed() > limit);
+            let stale = limit.is_some_and(|limit| since.elapsed() > limit);
             if !stale && conn.is_quiet() {
                 return Some(conn);
             }
@@ -223,8 +247,8 @@ impl Pool {
 
     /// Takes back a connection whose reply has been read to the end.
     fn give_back(&self, conn: Conn) {
+        let limit = self.limits().idle;
         let mut idle = self.idle.lock();
-        let limit = self.limits.idle;
         while idle.len() >= MAX_IDLE
             || idle
                 .front()
@@ -248,20 +272,22 @@ impl Pool {
             }
             Ok(stream)
         };
-        let stream = within(self.limits.connect, connecting)
-            .await
-            .map_err(Error::Connect)?;
+        let limits = self.limits();
+        let stream = within(limits.connect, connecting).await.map_err(Error::Connect)?;
         stream.set_nodelay(true).map_err(Error::Connect)?;
         match &self.far {
             None => Ok(Conn::new(Box::new(stream))),
-            Some(far) => far.dress(&self.host, stream).await.map_err(Error::Connect),
+            Some(far) => far
+                .dress(&self.host, stream, limits)
+                .await
+                .map_err(Error::Connect),
         }
     }
 }
 
 impl Far {
-    async fn dress(&self, host: &str, stream: TcpStream) -> std::io::Result<Conn> {
-        if let Some(every) = self.keepalive {
+    async fn dress(&self, host: &str, stream: TcpStream, limits: Limits) -> std::io::Result<Conn> {
+        if let Some(every) = limits.keepalive.filter(|_| !self.here) {
             // A machine that went away says nothing: this finds it out.
             let probes = TcpKeepalive::new().with_time(every).with_interval(every);
             if let Err(error) = SockRef::from(&stream).set_tcp_keepalive(&probes) {
@@ -275,7 +301,9 @@ impl Far {
         let config = tls::client().await.map_err(|e| fail(&e))?;
         let name = ServerName::try_from(host.to_owned()).map_err(|e| fail(&e))?;
         let shaking = TlsConnector::from(config).connect(name, stream);
-        let stream = within(self.handshake, shaking).await.map_err(|e| fail(&e))?;
+        let stream = within(limits.tls_handshake, shaking)
+            .await
+            .map_err(|e| fail(&e))?;
         Ok(Conn::new(Box::new(stream)))
     }
 }

@@ -1,7 +1,6 @@
 //! The way to servers behind a firewall: a tunnel through the HTTP proxy that the environment names.
 
 use std::io::{Error, ErrorKind};
-use std::net::IpAddr;
 
 use hyper_util::client::proxy::matcher::Matcher;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -29,11 +28,7 @@ impl Tunnel {
     }
 
     fn of(matcher: &Matcher, address: &Address) -> Option<Self> {
-        let here = address
-            .host
-            .parse::<IpAddr>()
-            .map_or(address.host == "localhost", |ip| ip.is_loopback());
-        if here || !address.tls {
+        if address.is_here() || !address.tls {
             return None;
         }
         let server = format!("https://{}/", address.authority).parse().ok()?;
