@@ -313,14 +313,15 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
         let preload = registry.globals.preload.clone();
         let performance = Performance::new(performance::every(&registry.globals));
         let house = House::new(Arc::new(Catalog::new(registry)), logs);
-        for name in preload {
-            let house = house.clone();
-            tokio::spawn(async move {
-                if let Err(reason) = house.load(&name.as_str().into()).await {
+        let loading = house.clone();
+        tokio::spawn(async move {
+            // One after the other: together they would want everybody's memory, and disk, at once.
+            for name in preload {
+                if let Err(reason) = loading.load(&name.as_str().into()).await {
                     tracing::warn!(model = %name, ?reason, "preload");
                 }
-            });
-        }
+            }
+        });
         let now = SystemTime::now()
             .duration_since(UNIX_EPOCH)
             .map_or(0, |d| d.as_secs());

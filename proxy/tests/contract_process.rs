@@ -46,6 +46,56 @@ fn a_command_of_its_own_stops_the_model() {
     assert_eq!(swapd.journalled("term").len(), 1);
 }
 
+/// Neither one that has nothing left to stop nor one that stops nothing.
+#[test]
+fn a_stop_command_that_hangs_is_ended() {
+    for kill in ["kill -TERM ${PID};", ""] {
+        let swapd = Swapd::start(&format!(
+            "unloadTimeout: 1
+models:
+  m:
+    cmd: 'FAKESERVER --port ${{PORT}}'
+    env: [JOURNAL]
+    cmdStop: 'sh -c \"echo $$ > DIR/stopper; {kill} sleep 600; true\"'
+"
+        ));
+        assert_eq!(swapd.chat("m", "").status, 200);
+        let (_, server) = swapd.journalled("ready")[0];
+        let begun = Instant::now();
+        assert_eq!(swapd.get("/unload").body, "OK");
+        assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+        let stopper = std::fs::read_to_string(swapd.dir.path().join("stopper")).unwrap();
+        assert!(
+            !alive(server) && !alive(stopper.trim().parse().unwrap()),
+            "{kill}"
+        );
+    }
+}
+
+#[test]
+fn models_are_preloaded_one_after_the_other() {
+    let model = |id: &str| format!("  {id}: {{worker: {{model: DIR, env: [JOURNAL, FAKE_START_MS=200]}}}}\n");
+    let swapd = Swapd::start(&format!(
+        "models:\n{}groups: {{all: {{swap: false, members: [a, b, c]}}}}
+hooks: {{on_startup: {{preload: [c, a, b]}}}}",
+        ["a", "b", "c"].map(model).concat()
+    ));
+    eventually("all are ready", SOON, || {
+        (swapd.journalled("ready").len() == 3).then_some(())
+    });
+    let journal = swapd.journal();
+    let events: Vec<&str> = journal.lines().filter_map(|l| l.rsplit(' ').next()).collect();
+    assert_eq!(events, ["start", "ready"].repeat(3), "{journal}");
+    let order = |model: &str| {
+        let pid = u32::try_from(pid(&swapd, model)).unwrap();
+        swapd.journalled("ready").iter().position(|(_, p)| *p == pid)
+    };
+    eventually("the last is known as ready", SOON, || {
+        (swapd.state("b") == "ready").then_some(())
+    });
+    assert_eq!(["c", "a", "b"].map(order), [Some(0), Some(1), Some(2)]);
+}
+
 #[test]
 fn a_matrix_lets_sets_live_together_and_evicts_the_cheapest() {
     let swapd = Swapd::start(

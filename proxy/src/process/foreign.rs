@@ -11,9 +11,13 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::process::Command;
 use tokio::sync::mpsc;
+use tokio::time::timeout;
 
-use super::{Definition, Order, Process, Report, describe, drain_output, own_program, spawn, supervise};
-use crate::logs::Logs;
+use super::{
+    Definition, Order, Process, Report, Spawned, describe, drain_output, own_program, signal_group, spawn,
+    supervise,
+};
+use crate::logs::{Logs, Source};
 use crate::upstream::{Address, Limits, Pool};
 
 /// Time between two looks at whether the command answers.
@@ -24,6 +28,8 @@ const POLL_ANSWER: Duration = Duration::from_secs(5);
 const STRANGER_ANSWER: Duration = Duration::from_secs(1);
 /// What a killed command gets before its supervisor is killed too.
 const SUPERVISOR_GRACE: Duration = Duration::from_secs(2);
+/// What `cmdStop` gets to end by itself when the command has ended.
+const STOPPER_GRACE: Duration = Duration::from_secs(1);
 
 pub(super) async fn run(
     process: &Arc<Process>,
@@ -61,6 +67,7 @@ pub(super) async fn run(
     let pool = Pool::far(&address, definition.limits);
     let mut health = std::pin::pin!(until_healthy(launch, &address, definition.limits));
     let mut ready = false;
+    let mut stopper: Option<Spawned> = None;
     let mut kill_supervisor = std::pin::pin!(tokio::time::sleep(Duration::MAX));
     let status = loop {
         tokio::select! {
@@ -84,11 +91,14 @@ pub(super) async fn run(
             Some(order) = orders.recv() => {
                 let word = match (order, &launch.cmd_stop, process.pid.get()) {
                     (Order::Stop, Some(argv), Some(pid)) => {
-                        run_stop_command(argv, *pid, launch, process, logs);
+                        stopper = run_stop_command(argv, *pid, launch, process, logs);
                         continue;
                     }
                     (Order::Stop, ..) => "stop\n",
                     (Order::Kill, ..) => {
+                        if let Some(stopper) = &stopper {
+                            signal_group(&stopper.child, Signal::SIGKILL);
+                        }
                         kill_supervisor.as_mut().reset(tokio::time::Instant::now() + SUPERVISOR_GRACE);
                         "kill\n"
                     }
@@ -103,7 +113,7 @@ pub(super) async fn run(
             }
         }
     };
-    while let Ok(Ok(Some(line))) = tokio::time::timeout(Duration::from_millis(20), lines.next_line()).await {
+    while let Ok(Ok(Some(line))) = timeout(Duration::from_millis(20), lines.next_line()).await {
         if let Some(("ended", how)) = line.split_once(' ') {
             ended = Some(how.to_owned());
         }
@@ -113,6 +123,15 @@ pub(super) async fn run(
     {
         // The supervisor was killed, and the kernel takes only the command itself along: the rest of its group goes too.
         let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+    if let Some(mut stopper) = stopper {
+        if timeout(STOPPER_GRACE, stopper.child.wait()).await.is_err() {
+            let note = "cmdStop goes on without its command; killed".as_bytes();
+            logs.push(Source::Model(process.model.clone()), note);
+            signal_group(&stopper.child, Signal::SIGKILL);
+            let _ = stopper.child.wait().await;
+        }
+        drain_output(stopper.output).await;
     }
     drain_output(output).await;
     let how = ended.unwrap_or_else(|| status.map_or_else(|e| e.to_string(), describe));
@@ -130,28 +149,21 @@ fn run_stop_command(
     launch: &registry::CommandLaunch,
     process: &Process,
     logs: &Logs,
-) {
+) -> Option<Spawned> {
     let mut argv = argv.iter().map(|a| a.replace("${PID}", &pid.to_string()));
-    let Some(program) = argv.next() else { return };
-    let mut command = Command::new(program);
+    let mut command = Command::new(argv.next()?);
     command.args(argv).envs(launch.env.iter().map(|(k, v)| (k, v)));
-    match spawn(command, &process.model, logs) {
-        Ok(mut spawned) => {
-            tokio::spawn(async move {
-                let _ = spawned.child.wait().await;
-                drain_output(spawned.output).await;
-            });
-        }
-        Err(e) => {
+    spawn(command, &process.model, logs)
+        .map_err(|e| {
             let note = format!("cmdStop: {e}");
-            logs.push(crate::logs::Source::Model(process.model.clone()), note.as_bytes());
-        }
-    }
+            logs.push(Source::Model(process.model.clone()), note.as_bytes());
+        })
+        .ok()
 }
 
 /// Whether somebody accepts connections there.
 async fn accepts(host: &str, port: u16, limit: Duration) -> bool {
-    let connected = tokio::time::timeout(limit, TcpStream::connect((host, port))).await;
+    let connected = timeout(limit, TcpStream::connect((host, port))).await;
     // On a port that nobody listens on, a connection may come to meet itself.
     connected.is_ok_and(|c| c.is_ok_and(|s| s.local_addr().ok() != s.peer_addr().ok()))
 }

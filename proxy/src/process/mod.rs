@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 use api_types::control::Heartbeat;
 use lifecycle::{Failure, Instance, ModelId};
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::Pid;
 use parking_lot::Mutex;
 use tokio::io::{AsyncBufReadExt, AsyncRead, BufReader};
 use tokio::net::UnixStream;
@@ -216,6 +218,14 @@ async fn drain_output(output: Vec<JoinHandle<()>>) {
     }
 }
 
+/// Signals a child and its group.
+fn signal_group(child: &Child, signal: Signal) {
+    // Not reaped yet, or `id` were `None`: the number still means this process.
+    if let Some(pid) = child.id().and_then(|p| i32::try_from(p).ok()) {
+        let _ = killpg(Pid::from_raw(pid), signal);
+    }
+}
+
 fn describe(status: ExitStatus) -> String {
     use std::os::unix::process::ExitStatusExt;
     match (status.code(), status.signal()) {
@@ -226,7 +236,7 @@ fn describe(status: ExitStatus) -> String {
 }
 
 fn signal_name(number: i32) -> String {
-    nix::sys::signal::Signal::try_from(number).map_or_else(|_| number.to_string(), |s| s.as_str().to_owned())
+    Signal::try_from(number).map_or_else(|_| number.to_string(), |s| s.as_str().to_owned())
 }
 
 /// This program, to be started again in another role.

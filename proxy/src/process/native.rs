@@ -8,11 +8,11 @@ use api_types::control::{CONTROL_ENV, CONTROL_STDIN, ProxyCommand, WorkerEvent, 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::process::Command;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
-use super::{Definition, Order, Process, Report, describe, drain_output, spawn};
+use super::{Definition, Order, Process, Report, describe, drain_output, signal_group, spawn};
 use crate::logs::{Logs, Source};
 use crate::upstream::Pool;
 
@@ -92,7 +92,7 @@ pub(super) async fn run(
                 let message = format!("no heartbeat for {} ms", limit.as_millis());
                 tracing::error!(model = %process.model, "{message}; killing");
                 fatal = Some(message);
-                signal(&child, Signal::SIGKILL);
+                signal_group(&child, Signal::SIGKILL);
             }
             Some(order) = orders.recv() => match order {
                 Order::Stop => {
@@ -100,10 +100,10 @@ pub(super) async fn run(
                     (stopping, silent_at) = (true, None);
                     let line = to_line(&ProxyCommand::Stop).unwrap_or_default();
                     if write.write_all(line.as_bytes()).await.is_err() {
-                        signal(&child, Signal::SIGTERM);
+                        signal_group(&child, Signal::SIGTERM);
                     }
                 }
-                Order::Kill => signal(&child, Signal::SIGKILL),
+                Order::Kill => signal_group(&child, Signal::SIGKILL),
             },
         }
     };
@@ -149,11 +149,4 @@ fn heard(
         }
     }
     None
-}
-
-fn signal(child: &Child, signal: Signal) {
-    // Not reaped yet, or `id` were `None`: the number still means this process.
-    if let Some(pid) = child.id().and_then(|p| i32::try_from(p).ok()) {
-        let _ = killpg(Pid::from_raw(pid), signal);
-    }
 }
