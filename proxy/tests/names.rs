@@ -9,9 +9,9 @@
 
 mod common;
 
-use std::io::{Read, Write};
 use std::time::Duration;
 
+use common::secure::{echoes, upgrade};
 use common::{Swapd, eventually};
 
 const CONFIG: &str = "
@@ -91,24 +91,9 @@ fn a_profile_repoints_and_switches_off_names() {
 fn upgraded_connections_pass_bytes_both_ways_and_hold_the_model() {
     let swapd = Swapd::start("models: {m: {worker: {model: DIR, env: [JOURNAL]}, ttl: 1}}");
     let mut socket = std::net::TcpStream::connect(&swapd.address).unwrap();
-    let head = "GET /upstream/m/ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: k\r\n\r\n";
-    socket.write_all(head.as_bytes()).unwrap();
-    let mut reply = Vec::new();
-    while !reply.ends_with(b"\r\n\r\n") {
-        let mut byte = [0];
-        socket.read_exact(&mut byte).unwrap();
-        reply.push(byte[0]);
-    }
-    let reply = String::from_utf8(reply).unwrap();
-    assert!(
-        reply.starts_with("HTTP/1.1 101") && reply.to_lowercase().contains("upgrade: websocket"),
-        "{reply}"
-    );
+    upgrade(&mut socket, "/upstream/m/ws");
     for text in ["hello", "again"] {
-        socket.write_all(text.as_bytes()).unwrap();
-        let mut back = [0; 5];
-        socket.read_exact(&mut back).unwrap();
-        assert_eq!(&back, text.as_bytes());
+        echoes(&mut socket, text);
     }
     std::thread::sleep(Duration::from_millis(1500));
     assert_eq!(

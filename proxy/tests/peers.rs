@@ -9,11 +9,11 @@
 
 mod common;
 
-use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::{Child, Command};
 use std::time::Duration;
 
+use common::secure::{Certificate, echoes, upgrade};
 use common::{Answer, Swapd, chat_body, eventually, fakeworker};
 use serde_json::Value;
 
@@ -173,19 +173,8 @@ peers:
     );
     // An upgraded connection.
     let mut socket = TcpStream::connect(&swapd.address).unwrap();
-    let head = "GET /upstream/gpu/org/big/ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
-    socket.write_all(head.as_bytes()).unwrap();
-    let mut reply = Vec::new();
-    while !reply.ends_with(b"\r\n\r\n") {
-        let mut byte = [0];
-        socket.read_exact(&mut byte).unwrap();
-        reply.push(byte[0]);
-    }
-    assert!(reply.starts_with(b"HTTP/1.1 101"));
-    socket.write_all(b"hello").unwrap();
-    let mut back = [0; 5];
-    socket.read_exact(&mut back).unwrap();
-    assert_eq!(&back, b"hello");
+    upgrade(&mut socket, "/upstream/gpu/org/big/ws");
+    echoes(&mut socket, "hello");
 }
 
 #[test]
@@ -435,28 +424,24 @@ fn a_peers_list_is_looked_up_again() {
 /// Two proxies, each the other's peer: over TLS with a certificate that only the test trusts, and in a circle.
 #[test]
 fn another_swapd_over_tls_and_no_circles() {
-    let dir = tempfile::tempdir().unwrap();
-    let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-    let file = |name: &str, text: String| {
-        let path = dir.path().join(name);
-        std::fs::write(&path, text).unwrap();
-        path.to_str().unwrap().to_owned()
-    };
-    let cert = file("cert.pem", made.cert.pem());
-    let key = file("key.pem", made.signing_key.serialize_pem());
+    let shown = Certificate::new();
     let back = free_port();
     let other = Swapd::start_with(
         &format!(
             "apiKeys: [k]\nmodels: {{m: {{worker: {{model: DIR}}}}}}\n\
              peers: {{back: {{proxy: 'http://127.0.0.1:{back}', models: [lost]}}}}"
         ),
-        &["--tls-cert-file", &cert, "--tls-key-file", &key],
+        &shown.args(),
     );
     let port = other.address.rsplit(':').next().unwrap().to_owned();
     let config =
         format!("peers: {{mac: {{proxy: 'https://localhost:{port}', apiKey: k, models: [m, lost]}}}}");
     let listen = format!("127.0.0.1:{back}");
-    let swapd = Swapd::start_env(&config, &["--listen", &listen], &[("SSL_CERT_FILE", &cert)]);
+    let swapd = Swapd::start_env(
+        &config,
+        &["--listen", &listen],
+        &[("SSL_CERT_FILE", shown.args()[1])],
+    );
     assert_eq!(swapd.chat("m", "").json()["object"], "chat.completion");
     let stream = swapd.chat("mac/m", r#""stream":true,"events":20,"gap_ms":1"#);
     assert!(

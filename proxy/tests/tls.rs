@@ -11,19 +11,18 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::TcpStream;
-use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use common::secure::{Certificate, echoes, upgrade};
 use common::{Swapd, chat_body};
 use http::{Request, Response, Version};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http2::{SendRequest, handshake};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use tempfile::TempDir;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::crypto::ring;
 use tokio_rustls::rustls::pki_types::{CertificateDer, ServerName, pem::PemObject};
@@ -31,56 +30,31 @@ use tokio_rustls::rustls::{ClientConfig, ClientConnection, RootCertStore, Stream
 
 const ONE: &str = "models: {m: {worker: {model: DIR}}}";
 
-/// Certificate and key of `localhost`, as files.
-struct Files {
-    _dir: TempDir,
-    cert: PathBuf,
-    key: PathBuf,
+/// A client that trusts this certificate alone.
+fn trusting(files: &Certificate, protocols: &[&[u8]]) -> Arc<ClientConfig> {
+    let mut roots = RootCertStore::empty();
+    roots
+        .add(CertificateDer::from_pem_file(&files.cert).unwrap())
+        .unwrap();
+    let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = protocols.iter().map(|p| p.to_vec()).collect();
+    Arc::new(config)
 }
-
-impl Files {
-    fn new() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
-        let (cert, key) = (dir.path().join("cert.pem"), dir.path().join("key.pem"));
-        std::fs::write(&cert, made.cert.pem()).unwrap();
-        std::fs::write(&key, made.signing_key.serialize_pem()).unwrap();
-        Self { _dir: dir, cert, key }
-    }
-
-    fn args(&self) -> [&str; 4] {
-        let path = |p: &'_ PathBuf| -> &str { Box::leak(p.to_str().unwrap().to_owned().into_boxed_str()) };
-        [
-            "-tls-cert-file",
-            path(&self.cert),
-            "-tls-key-file",
-            path(&self.key),
-        ]
-    }
-
-    fn client(&self, protocols: &[&[u8]]) -> Arc<ClientConfig> {
-        let mut roots = RootCertStore::empty();
-        roots
-            .add(CertificateDer::from_pem_file(&self.cert).unwrap())
-            .unwrap();
-        let mut config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
-            .with_safe_default_protocol_versions()
-            .unwrap()
-            .with_root_certificates(roots)
-            .with_no_client_auth();
-        config.alpn_protocols = protocols.iter().map(|p| p.to_vec()).collect();
-        Arc::new(config)
-    }
-}
-
 fn name() -> ServerName<'static> {
     "localhost".try_into().unwrap()
 }
 
-fn encrypted(swapd: &Swapd, files: &Files) -> StreamOwned<ClientConnection, TcpStream> {
+fn encrypted(swapd: &Swapd, files: &Certificate) -> StreamOwned<ClientConnection, TcpStream> {
     let stream = TcpStream::connect(&swapd.address).unwrap();
     stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-    StreamOwned::new(ClientConnection::new(files.client(&[]), name()).unwrap(), stream)
+    StreamOwned::new(
+        ClientConnection::new(trusting(files, &[]), name()).unwrap(),
+        stream,
+    )
 }
 
 fn request(body: &str) -> String {
@@ -92,7 +66,7 @@ fn request(body: &str) -> String {
 
 #[test]
 fn http1_over_tls() {
-    let files = Files::new();
+    let files = Certificate::new();
     let swapd = Swapd::start_with(ONE, &files.args());
     let mut stream = encrypted(&swapd, &files);
     stream
@@ -106,19 +80,8 @@ fn http1_over_tls() {
     );
     // An upgraded connection passes bytes both ways.
     let mut stream = encrypted(&swapd, &files);
-    let head = "GET /upstream/m/ws HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n";
-    stream.write_all(head.as_bytes()).unwrap();
-    let mut reply = Vec::new();
-    while !reply.ends_with(b"\r\n\r\n") {
-        let mut byte = [0];
-        stream.read_exact(&mut byte).unwrap();
-        reply.push(byte[0]);
-    }
-    assert!(reply.starts_with(b"HTTP/1.1 101"));
-    stream.write_all(b"hello").unwrap();
-    let mut back = [0; 5];
-    stream.read_exact(&mut back).unwrap();
-    assert_eq!(&back, b"hello");
+    upgrade(&mut stream, "/upstream/m/ws");
+    echoes(&mut stream, "hello");
     // Plain words get no plain answer, and disturb nobody.
     let mut plain = TcpStream::connect(&swapd.address).unwrap();
     plain.write_all(request("{}").as_bytes()).unwrap();
@@ -131,7 +94,7 @@ fn http1_over_tls() {
             .code(),
         Some(0)
     );
-    let other = Files::new();
+    let other = Certificate::new();
     let refused = reload(&swapd, &["--tls-cert-file", other.args()[1]]);
     assert_eq!(refused.status.code(), Some(1), "another server's certificate");
 }
@@ -139,9 +102,9 @@ fn http1_over_tls() {
 /// A renewed certificate is taken up with a reload; a broken one is not.
 #[test]
 fn a_renewed_certificate_needs_no_restart() {
-    let (files, renewed) = (Files::new(), Files::new());
+    let (files, renewed) = (Certificate::new(), Certificate::new());
     let swapd = Swapd::start_with(ONE, &files.args());
-    let shown = |by: &Files| {
+    let shown = |by: &Certificate| {
         let mut stream = encrypted(&swapd, by);
         stream
             .write_all(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
@@ -159,8 +122,8 @@ fn a_renewed_certificate_needs_no_restart() {
         stream.read_to_string(&mut logs).unwrap();
         logs.contains("certificate not taken up").then_some(())
     });
-    let old = Files {
-        _dir: tempfile::tempdir().unwrap(),
+    let old = Certificate {
+        dir: tempfile::tempdir().unwrap(),
         cert: files.cert.with_file_name("old.pem"),
         key: files.key.clone(),
     };
@@ -186,7 +149,7 @@ fn reload(swapd: &Swapd, args: &[&str]) -> Output {
 
 #[test]
 fn both_files_or_an_error() {
-    let files = Files::new();
+    let files = Certificate::new();
     let config = files.cert.with_file_name("models.yaml");
     std::fs::write(&config, "models: {}").unwrap();
     let run = |args: &[&str]| {
@@ -219,12 +182,12 @@ fn both_files_or_an_error() {
             "{args:?}: {code:?} {message}"
         );
     }
-    let other = Files::new();
+    let other = Certificate::new();
     let (code, message) = run(&["-tls-cert-file", cert, "-tls-key-file", other.args()[3]]);
     assert_eq!(code, Some(1), "a key that is not the certificate's: {message}");
 }
 
-async fn open(swapd: &Swapd, files: Option<&Files>) -> SendRequest<Full<Bytes>> {
+async fn open(swapd: &Swapd, files: Option<&Certificate>) -> SendRequest<Full<Bytes>> {
     let stream = tokio::net::TcpStream::connect(&swapd.address).await.unwrap();
     let executor = TokioExecutor::new();
     match files {
@@ -234,7 +197,7 @@ async fn open(swapd: &Swapd, files: Option<&Files>) -> SendRequest<Full<Bytes>> 
             sender
         }
         Some(files) => {
-            let connector = TlsConnector::from(files.client(&[b"h2", b"http/1.1"]));
+            let connector = TlsConnector::from(trusting(files, &[b"h2", b"http/1.1"]));
             let stream = connector.connect(name(), stream).await.unwrap();
             assert_eq!(stream.get_ref().1.alpn_protocol(), Some(&b"h2"[..]));
             let (sender, connection) = handshake(executor, TokioIo::new(stream)).await.unwrap();
@@ -255,7 +218,7 @@ async fn chat(sender: &mut SendRequest<Full<Bytes>>, more: &str) -> Response<Inc
 }
 
 /// All that HTTP/2 must do, over a connection of either kind.
-async fn speaks_http2(swapd: &Swapd, files: Option<&Files>) {
+async fn speaks_http2(swapd: &Swapd, files: Option<&Certificate>) {
     let mut sender = open(swapd, files).await;
     let reply = chat(&mut sender, r#""echo":true"#).await;
     let body = reply.into_body().collect().await.unwrap().to_bytes();
@@ -316,7 +279,7 @@ async fn speaks_http2(swapd: &Swapd, files: Option<&Files>) {
 
 #[tokio::test]
 async fn http2_over_tls() {
-    let files = Files::new();
+    let files = Certificate::new();
     let swapd = Swapd::start_with(ONE, &files.args());
     speaks_http2(&swapd, Some(&files)).await;
 }

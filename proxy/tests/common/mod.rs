@@ -10,6 +10,8 @@
     clippy::disallowed_methods
 )]
 
+pub mod secure;
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::PathBuf;
