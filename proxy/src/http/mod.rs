@@ -11,6 +11,7 @@ pub mod error;
 pub mod events;
 pub mod extract;
 pub mod forward;
+mod headers;
 pub mod listing;
 pub mod metrics;
 pub mod ollama;

@@ -16,7 +16,8 @@ use tokio::io::AsyncWriteExt;
 use super::App;
 use super::body::Body;
 use super::error;
-use super::forward::{prefixed, tidy_request};
+use super::forward::prefixed;
+use super::headers::tidy_request;
 use crate::house::{Lease, Wire};
 use crate::process::Process;
 
