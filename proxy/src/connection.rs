@@ -19,6 +19,7 @@ use tokio_rustls::TlsAcceptor;
 
 use crate::http::access::Counted;
 use crate::http::{App, handle, handle_ollama};
+use crate::joined::Joined;
 use crate::tls;
 
 /// How an HTTP/2 connection begins (RFC 9113, section 3.4).
@@ -90,7 +91,7 @@ async fn plain(caller: Caller, stream: TcpStream, mut closed: watch::Receiver<bo
     if !first.is_empty() && PREFACE.starts_with(first) {
         http2(caller, stream, closed).await
     } else {
-        http1(caller, stream, closed).await
+        http1(caller, Joined(stream), closed).await
     }
 }
 
@@ -123,6 +124,8 @@ async fn http1(
             .with_upgrades()
     );
     let result = tokio::select! {
+        // In this order: no dice are cast each time that a byte arrives.
+        biased;
         result = connection.as_mut() => result,
         () = until(&mut closed) => {
             connection.as_mut().graceful_shutdown();

@@ -5,6 +5,7 @@
 //! | `cli`       | command line; `check`, `serve`                                                                 |
 //! | `serve`     | listener, signals, end                                                                         |
 //! | `connection`| one client's connection: plain or TLS, HTTP/1.1 or HTTP/2                                      |
+//! | `joined`    | pieces of a small reply written as one                                                         |
 //! | `tls`       | certificates: the proxy's own, and which are trusted                                           |
 //! | `http`      | routes, bodies, errors, forwarding                                                             |
 //! | `jsonscan`  | finds `model` in a body without building a tree                                                |
@@ -38,6 +39,7 @@ pub mod clock;
 mod connection;
 pub mod house;
 pub mod http;
+mod joined;
 pub mod jsonscan;
 pub mod logline;
 pub mod logs;

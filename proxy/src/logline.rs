@@ -11,7 +11,7 @@ use tracing_subscriber::fmt::FmtContext;
 use tracing_subscriber::fmt::format::{FormatEvent, FormatFields, Writer};
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::logs::Logs;
+use crate::logs::{Form, Logs};
 
 /// Sets the level of the log while it runs.
 pub struct Level(Box<dyn Fn(LogLevel) + Send + Sync>);
@@ -41,9 +41,9 @@ pub fn start(globals: &Globals, logs: &Logs) -> Level {
     let stdout = matches!(globals.log_to_stdout, LogTo::Proxy | LogTo::Both);
     logs.echo_models(matches!(globals.log_to_stdout, LogTo::Upstream | LogTo::Both));
     let writer = logs.writer(stdout);
-    let line = Line {
-        time: globals.log_time_format.as_deref().and_then(pattern),
-    };
+    let time = globals.log_time_format.as_deref().and_then(pattern);
+    logs.set_form(Form { stdout, time });
+    let line = Line { time };
     let builder = tracing_subscriber::fmt()
         .with_ansi(false)
         .event_format(line)
@@ -111,7 +111,7 @@ where
 }
 
 /// The local time.
-fn now(pattern: &str) -> Option<String> {
+pub(crate) fn now(pattern: &str) -> Option<String> {
     BrokenDownTime::from(&Zoned::now()).to_string(pattern).ok()
 }
 

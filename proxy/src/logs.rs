@@ -1,5 +1,6 @@
 //! The last lines of the proxy and of each model, bounded, and a live feed of them.
 
+use std::cell::RefCell;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
@@ -11,6 +12,7 @@ use lifecycle::ModelId;
 use parking_lot::Mutex;
 use tokio::sync::broadcast;
 
+use crate::logline;
 use crate::outlet::Outlet;
 
 /// Bytes kept of the combined log.
@@ -21,6 +23,11 @@ const MODEL_BYTES: usize = 32 * 1024;
 pub(crate) const MAX_LINE: usize = 8 * 1024;
 /// Lines that a slow reader of the live feed may lag behind before it loses some.
 const LIVE_LINES: usize = 256;
+
+thread_local! {
+    /// Where a line is put together.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
 
 /// Whose line it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,6 +80,17 @@ struct Inner {
     live: broadcast::Sender<Line>,
     /// Standard output, from the first line that goes there.
     stdout: OnceLock<Outlet>,
+    /// Of the proxy's own lines, once the log has started.
+    form: OnceLock<Form>,
+}
+
+/// The form of the proxy's own lines.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Form {
+    /// They go to standard output too.
+    pub stdout: bool,
+    /// The time in front, in strftime's notation.
+    pub time: Option<&'static str>,
 }
 
 impl Inner {
@@ -89,6 +107,7 @@ impl Default for Logs {
             echo: AtomicBool::new(false),
             live: broadcast::channel(LIVE_LINES).0,
             stdout: OnceLock::new(),
+            form: OnceLock::new(),
         };
         Self {
             inner: Arc::new(inner),
@@ -110,13 +129,46 @@ impl Logs {
         if !text.ends_with(b"\n") {
             line.push(b'\n');
         }
-        let line = Line {
+        self.keep(Line {
             source,
             text: line.into(),
-        };
+        });
+    }
+
+    /// Says what the proxy's own lines look like; the first word counts.
+    pub(crate) fn set_form(&self, form: Form) {
+        let _ = self.inner.form.set(form);
+    }
+
+    /// Adds a line of the proxy's own at level `INFO`: as the log does it, without the machinery for events with fields,
+    /// which costs more than all the rest of a small request's bookkeeping.
+    pub(crate) fn inform(&self, write: impl FnOnce(&mut Vec<u8>)) {
+        let form = self.inner.form.get().copied().unwrap_or_default();
+        SCRATCH.with_borrow_mut(|text| {
+            text.clear();
+            if let Some(time) = form.time.and_then(logline::now) {
+                text.extend_from_slice(time.as_bytes());
+                text.push(b' ');
+            }
+            text.extend_from_slice(b"[INFO] ");
+            write(text);
+            text.truncate(MAX_LINE);
+            text.push(b'\n');
+            if form.stdout {
+                self.inner.stdout().write(text);
+            }
+            self.keep(Line {
+                source: Source::Proxy,
+                text: Bytes::copy_from_slice(text),
+            });
+            text.shrink_to(MAX_LINE);
+        });
+    }
+
+    fn keep(&self, line: Line) {
         if let Source::Model(id) = &line.source {
             if self.inner.echo.load(Ordering::Relaxed) {
-                self.inner.stdout().write(line.text.clone());
+                self.inner.stdout().write(&line.text);
             }
             self.inner
                 .models
@@ -127,8 +179,10 @@ impl Logs {
         }
         // Under the lock of the history, so that a new reader sees each line once: in the history or live.
         let mut combined = self.inner.combined.lock();
-        combined.push(line.clone(), COMBINED_BYTES);
-        let _ = self.inner.live.send(line);
+        if self.inner.live.receiver_count() > 0 {
+            let _ = self.inner.live.send(line.clone());
+        }
+        combined.push(line, COMBINED_BYTES);
     }
 
     /// Waits until standard output has taken all lines so far, at most `limit`.
@@ -218,7 +272,7 @@ pub struct Writer {
 impl std::io::Write for Writer {
     fn write(&mut self, buf: &[u8]) -> std::io::Result<usize> {
         if self.stdout {
-            self.logs.inner.stdout().write(Bytes::copy_from_slice(buf));
+            self.logs.inner.stdout().write(buf);
         }
         self.logs.push(Source::Proxy, buf);
         Ok(buf.len())

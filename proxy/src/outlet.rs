@@ -4,97 +4,123 @@
 
 use std::io::Write;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::time::Duration;
 
-use bytes::Bytes;
+use parking_lot::{Condvar, Mutex};
 use tokio::sync::oneshot;
 
 /// Lines that may wait to be written.
 const QUEUE: usize = 1024;
-/// Most lines that are written in one go.
-const BATCH: usize = 256;
+/// Lines of a busy time: the next ones are not waited for.
+const BUSY: usize = 256;
 /// Pause after a write: the lines of a busy time share a write, and nobody is woken for each of them.
 const PAUSE: Duration = Duration::from_millis(5);
-/// Time between two tries to put a mark into a full queue.
-const AGAIN: Duration = Duration::from_millis(10);
+/// Room that is kept for the next lines.
+const ROOM: usize = 32 * 1024;
 
-enum Piece {
-    Text(Bytes),
-    /// Answered when all before it has been written.
-    Mark(oneshot::Sender<()>),
+/// What waits to be written: one text, so that a line costs its copy and no memory of its own.
+#[derive(Debug, Default)]
+struct Waiting {
+    text: Vec<u8>,
+    lines: usize,
+    /// Lines for which there was no room.
+    dropped: u64,
+    /// Answered when all before them has been written.
+    marks: Vec<oneshot::Sender<()>>,
+    /// The writer sleeps until it is woken.
+    asleep: bool,
+    closed: bool,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    filled: Condvar,
+}
+
+impl Queue {
+    fn put(&self, change: impl FnOnce(&mut Waiting)) {
+        let mut waiting = self.waiting.lock();
+        change(&mut waiting);
+        let wake = std::mem::take(&mut waiting.asleep);
+        drop(waiting);
+        if wake {
+            self.filled.notify_one();
+        }
+    }
 }
 
 /// The queue to one writer.
 #[derive(Debug)]
-pub(crate) struct Outlet {
-    queue: SyncSender<Piece>,
-    dropped: Arc<AtomicU64>,
-}
+pub(crate) struct Outlet(Arc<Queue>);
 
 impl Outlet {
     /// An outlet to `to`, on a thread that ends with the outlet.
     pub(crate) fn new(to: impl Write + Send + 'static) -> Self {
-        let (queue, pieces) = sync_channel(QUEUE);
-        let dropped = Arc::new(AtomicU64::new(0));
-        let missing = dropped.clone();
-        std::thread::spawn(move || copy(to, &pieces, &missing));
-        Self { queue, dropped }
+        let queue = Arc::new(Queue::default());
+        let filled = queue.clone();
+        std::thread::spawn(move || copy(to, &filled));
+        Self(queue)
     }
 
-    /// Hands one line over; never waits.
-    pub(crate) fn write(&self, line: Bytes) {
-        if self.queue.try_send(Piece::Text(line)).is_err() {
-            self.dropped.fetch_add(1, Ordering::Relaxed);
-        }
+    /// Hands one line over; never waits for the writer.
+    pub(crate) fn write(&self, line: &[u8]) {
+        self.0.put(|waiting| {
+            if waiting.lines < QUEUE {
+                waiting.text.extend_from_slice(line);
+                waiting.lines += 1;
+            } else {
+                waiting.dropped += 1;
+            }
+        });
     }
 
     /// Waits until everything handed over has been written, at most `limit`.
     pub(crate) async fn flush(&self, limit: Duration) {
-        let written = async {
-            loop {
-                let (mark, reached) = oneshot::channel();
-                if self.queue.try_send(Piece::Mark(mark)).is_ok() {
-                    let _ = reached.await;
-                    return;
-                }
-                tokio::time::sleep(AGAIN).await;
-            }
-        };
-        let _ = tokio::time::timeout(limit, written).await;
+        let (mark, reached) = oneshot::channel();
+        self.0.put(|waiting| waiting.marks.push(mark));
+        let _ = tokio::time::timeout(limit, reached).await;
     }
 }
 
-fn copy(mut to: impl Write, pieces: &Receiver<Piece>, dropped: &AtomicU64) {
+impl Drop for Outlet {
+    fn drop(&mut self) {
+        self.0.put(|waiting| waiting.closed = true);
+    }
+}
+
+fn copy(mut to: impl Write, queue: &Queue) {
     let mut text = Vec::new();
-    while let Ok(first) = pieces.recv() {
+    loop {
         text.clear();
-        let (mut lines, mut marks) = (0, Vec::new());
-        for piece in std::iter::once(first).chain(pieces.try_iter()).take(BATCH) {
-            match piece {
-                Piece::Text(line) => {
-                    text.extend_from_slice(&line);
-                    lines += 1;
-                }
-                Piece::Mark(mark) => marks.push(mark),
+        text.shrink_to(ROOM);
+        let mut waiting = queue.waiting.lock();
+        while waiting.lines == 0 && waiting.marks.is_empty() {
+            if waiting.closed {
+                return;
             }
+            waiting.asleep = true;
+            queue.filled.wait(&mut waiting);
         }
+        std::mem::swap(&mut text, &mut waiting.text);
+        let lines = std::mem::take(&mut waiting.lines);
+        let missing = std::mem::take(&mut waiting.dropped);
+        let marks = std::mem::take(&mut waiting.marks);
+        drop(waiting);
         // A closed output is no reason to stop serving.
         let _ = to.write_all(&text);
-        if !marks.is_empty() {
-            let _ = to.flush();
-            marks.into_iter().for_each(|mark| _ = mark.send(()));
-        }
-        let missing = dropped.swap(0, Ordering::Relaxed);
         if missing > 0 {
             let _ = writeln!(
                 to,
                 "({missing} log lines dropped: standard output is not read fast enough)"
             );
         }
+        if !marks.is_empty() {
+            let _ = to.flush();
+            marks.into_iter().for_each(|mark| _ = mark.send(()));
+        }
         // Not a wait for anything: whatever comes meanwhile is written next.
-        if lines < BATCH {
+        if lines < BUSY {
             std::thread::park_timeout(PAUSE);
         }
     }
@@ -102,7 +128,7 @@ fn copy(mut to: impl Write, pieces: &Receiver<Piece>, dropped: &AtomicU64) {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::{Sender, channel};
+    use std::sync::mpsc::{Receiver, Sender, channel};
 
     use super::*;
 
@@ -134,12 +160,12 @@ mod tests {
             open: false,
             taken,
         });
-        // Comes back, although nothing is taken.
+        // Comes back, although nothing is taken but what the writer holds, at most as much as waits.
         for _ in 0..3 * QUEUE {
-            outlet.write(Bytes::from_static(b"line\n"));
+            outlet.write(b"line\n");
         }
-        let lost = outlet.dropped.load(Ordering::Relaxed);
-        assert!(lost >= (2 * QUEUE - BATCH) as u64, "{lost}");
+        let lost = outlet.0.waiting.lock().dropped;
+        assert!(lost >= QUEUE as u64, "{lost}");
         open.send(()).unwrap();
         drop(outlet);
         let text: Vec<u8> = written.iter().flatten().collect();
@@ -147,5 +173,25 @@ mod tests {
         let lines = text.lines().filter(|l| *l == "line").count() as u64;
         assert_eq!(lines + lost, 3 * QUEUE as u64);
         assert!(text.contains(&format!("({lost} log lines dropped")), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_flush_returns_when_all_before_it_is_written() {
+        let (open, release) = channel();
+        let (taken, written) = channel();
+        open.send(()).unwrap();
+        let outlet = Outlet::new(Stuck {
+            release,
+            open: false,
+            taken,
+        });
+        for i in 0..100 {
+            outlet.write(format!("{i}\n").as_bytes());
+            if i % 7 == 0 {
+                outlet.flush(Duration::from_secs(60)).await;
+                let text: Vec<u8> = written.try_iter().flatten().collect();
+                assert!(text.ends_with(format!("{i}\n").as_bytes()), "{i}");
+            }
+        }
     }
 }

@@ -9,7 +9,10 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use http::HeaderMap;
-use http::header::{AUTHORIZATION, CONTENT_TYPE, COOKIE, HeaderName, PROXY_AUTHORIZATION, SET_COOKIE};
+use http::header::{
+    AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, COOKIE, HeaderName, HeaderValue, PROXY_AUTHORIZATION,
+    SET_COOKIE,
+};
 use parking_lot::Mutex;
 use serde_json::{Map, Value, json};
 
@@ -29,28 +32,39 @@ const PART: usize = 4;
 const SMALL: usize = 1024;
 /// Larger ones are packed on another thread.
 const LARGE: usize = 16 * 1024;
+/// Memory that small captures share.
+const SHELF: usize = 64 * 1024;
 /// Largest capture that is unpacked: what is larger was not made here.
 const MAX_UNPACKED: u32 = 1 << 30;
 
-/// One request and its reply while they pass.
+/// One request and its reply while they pass, written down as it will be kept: path, request, reply, each part behind
+/// its length. Most requests are small, and this is then one piece of memory from their arrival to their being shown.
 #[derive(Debug)]
 pub struct Recording {
     room: usize,
-    request: HeaderMap,
-    request_body: Option<Bytes>,
-    reply: HeaderMap,
-    /// `None`: no text, or too large.
-    reply_body: Option<Vec<u8>>,
+    plain: Vec<u8>,
+    /// A request's body that is not worth a copy of its own until the end, and where it belongs.
+    aside: Option<(usize, Bytes)>,
+    /// Where the reply begins.
+    reply_at: usize,
+    /// Where its body begins, if it is kept: behind its length, which is known at the end.
+    body_at: Option<usize>,
+}
+
+/// The length of a part that was not kept.
+const LEFT_OUT: [u8; 4] = u32::MAX.to_le_bytes();
+
+fn length(bytes: usize) -> [u8; 4] {
+    u32::try_from(bytes).unwrap_or(u32::MAX).to_le_bytes()
 }
 
 /// Whether a body of this type can be read by people.
 fn is_text(headers: &HeaderMap) -> bool {
     let kind = headers
         .get(CONTENT_TYPE)
-        .and_then(|v| v.to_str().ok())
+        .map(HeaderValue::as_bytes)
         .unwrap_or_default()
-        .trim_start()
-        .to_ascii_lowercase();
+        .trim_ascii_start();
     let binary = [
         "audio/",
         "image/",
@@ -61,78 +75,105 @@ fn is_text(headers: &HeaderMap) -> bool {
         "application/pdf",
         "multipart/",
     ];
-    !binary.iter().any(|b| kind.starts_with(b)) && !headers.contains_key("content-encoding")
+    let is = |b: &&str| {
+        kind.get(..b.len())
+            .is_some_and(|begin| begin.eq_ignore_ascii_case(b.as_bytes()))
+    };
+    !binary.iter().any(is) && !headers.contains_key(CONTENT_ENCODING)
 }
 
 impl Recording {
     /// Begins with the request; `room` is the largest body that is kept.
     #[must_use]
-    pub fn new(headers: &HeaderMap, body: &Bytes, room: usize) -> Self {
+    pub fn new(path: &str, headers: &HeaderMap, body: &Bytes, room: usize) -> Self {
         let keep = is_text(headers) && body.len() <= room;
+        let copy = if keep && body.len() <= LARGE {
+            body.len()
+        } else {
+            0
+        };
+        let mut plain = Vec::with_capacity(copy + path.len() + 512);
+        plain.push(0);
+        plain.extend_from_slice(&length(path.len()));
+        plain.extend_from_slice(path.as_bytes());
+        push_lines(&mut plain, headers);
+        plain.extend_from_slice(&if keep { length(body.len()) } else { LEFT_OUT });
+        let aside = if copy < body.len() && keep {
+            Some((plain.len(), body.clone()))
+        } else {
+            plain.extend_from_slice(body.get(..copy).unwrap_or_default());
+            None
+        };
         Self {
             room,
-            request: headers.clone(),
-            request_body: keep.then(|| body.clone()),
-            reply: HeaderMap::new(),
-            reply_body: None,
+            reply_at: plain.len(),
+            plain,
+            aside,
+            body_at: None,
         }
     }
 
     /// The reply's head.
     pub fn reply(&mut self, headers: &HeaderMap) {
-        self.reply = headers.clone();
-        self.reply_body = is_text(headers).then(Vec::new);
+        self.plain.truncate(self.reply_at);
+        push_lines(&mut self.plain, headers);
+        self.plain.extend_from_slice(&LEFT_OUT);
+        self.body_at = is_text(headers).then_some(self.plain.len());
     }
 
     /// A piece of the reply's body.
     pub fn piece(&mut self, piece: &[u8]) {
-        let room = self.room;
-        if let Some(body) = &mut self.reply_body {
-            if body.len() + piece.len() <= room {
-                body.extend_from_slice(piece);
-            } else {
-                self.reply_body = None;
-            }
+        let Some(at) = self.body_at else {
+            return;
+        };
+        if self.plain.len() - at + piece.len() <= self.room {
+            self.plain.extend_from_slice(piece);
+        } else {
+            self.plain.truncate(at);
+            self.plain.shrink_to_fit();
+            self.body_at = None;
         }
     }
 
-    /// Bytes of both bodies.
+    /// Bytes of it.
     pub(super) fn len(&self) -> usize {
-        self.request_body.as_ref().map_or(0, Bytes::len) + self.reply_body.as_ref().map_or(0, Vec::len)
+        self.plain.len() + self.aside.as_ref().map_or(0, |(_, body)| body.len())
     }
 
     /// As it is kept.
-    pub(super) fn pack(self, path: &str) -> Box<[u8]> {
-        let (request, reply) = (lines(&self.request), lines(&self.reply));
-        let request_body = self.request_body.as_deref();
-        let parts: [Option<&[u8]>; 5] = [
-            Some(path.as_bytes()),
-            Some(&request),
-            request_body,
-            Some(&reply),
-            self.reply_body.as_deref(),
-        ];
-        let mut plain = Vec::with_capacity(self.len() + request.len() + reply.len() + path.len() + 32);
-        plain.push(0);
-        for part in parts {
-            let length = part.map_or(u32::MAX, |p| u32::try_from(p.len()).unwrap_or(u32::MAX));
-            plain.extend_from_slice(&length.to_le_bytes());
-            plain.extend_from_slice(part.unwrap_or_default());
+    pub(super) fn pack(mut self) -> Vec<u8> {
+        if let Some(at) = self.body_at {
+            let bytes = length(self.plain.len() - at);
+            if let Some(place) = self.plain.get_mut(at - bytes.len()..at) {
+                place.copy_from_slice(&bytes);
+            }
+        } else if self.plain.len() == self.reply_at {
+            // There was none.
+            self.plain.extend_from_slice(&length(0));
+            self.plain.extend_from_slice(&LEFT_OUT);
         }
+        let plain = match self.aside {
+            None => self.plain,
+            Some((at, body)) => {
+                let (before, behind) = self.plain.split_at_checked(at).unwrap_or_default();
+                [before, &body, behind].concat()
+            }
+        };
         if plain.len() < SMALL {
-            return plain.into();
+            return plain;
         }
         let mut packed = vec![1];
         packed.extend(lz4_flex::compress_prepend_size(
             plain.get(1..).unwrap_or_default(),
         ));
-        packed.into()
+        packed
     }
 }
 
-/// One header a line, secrets blanked.
-fn lines(headers: &HeaderMap) -> Vec<u8> {
-    let mut out = Vec::with_capacity(64 * headers.len());
+/// Headers as a part: one a line, secrets blanked.
+fn push_lines(out: &mut Vec<u8>, headers: &HeaderMap) {
+    let begin = out.len();
+    out.extend_from_slice(&LEFT_OUT);
     for (name, value) in headers {
         out.extend_from_slice(name.as_str().as_bytes());
         out.extend_from_slice(b": ");
@@ -140,7 +181,10 @@ fn lines(headers: &HeaderMap) -> Vec<u8> {
         out.extend_from_slice(if blank { b"[REDACTED]" } else { value.as_bytes() });
         out.push(b'\n');
     }
-    out
+    let bytes = length(out.len() - begin - LEFT_OUT.len());
+    if let Some(place) = out.get_mut(begin..begin + bytes.len()) {
+        place.copy_from_slice(&bytes);
+    }
 }
 
 /// A capture to be shown.
@@ -228,17 +272,41 @@ pub struct Captures {
 struct Held {
     /// Bytes; 0 keeps nothing.
     limit: usize,
+    /// Of all shelves.
     bytes: usize,
-    all: VecDeque<(u64, Box<[u8]>)>,
+    shelves: VecDeque<Shelf>,
+}
+
+/// Captures in one piece of memory, which is filled from one end to the other and given up as a whole: thousands of
+/// small pieces, each cold when it is let go, would cost more than the copy.
+#[derive(Debug, Default)]
+struct Shelf {
+    /// Ids, and where the captures end.
+    ends: Vec<(u64, usize)>,
+    text: Vec<u8>,
+}
+
+impl Shelf {
+    fn all(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        let mut begin = 0;
+        self.ends.iter().map(move |(id, end)| {
+            let text = self.text.get(std::mem::replace(&mut begin, *end)..*end);
+            (*id, text.unwrap_or_default())
+        })
+    }
 }
 
 impl Held {
     fn shrink(&mut self, limit: usize) {
         while self.bytes > limit
-            && let Some((_, oldest)) = self.all.pop_front()
+            && let Some(oldest) = self.shelves.pop_front()
         {
-            self.bytes -= oldest.len();
+            self.bytes -= oldest.text.len();
         }
+    }
+
+    fn all(&self) -> impl Iterator<Item = (u64, &[u8])> {
+        self.shelves.iter().flat_map(Shelf::all)
     }
 }
 
@@ -260,23 +328,36 @@ impl Captures {
         self.limit() / PART
     }
 
-    pub(super) fn put(&self, id: u64, packed: Box<[u8]>) {
+    pub(super) fn put(&self, id: u64, packed: &[u8]) {
         let mut held = self.inner.lock();
-        if packed.len() <= held.limit {
-            let room = held.limit - packed.len();
-            held.shrink(room);
-            held.bytes += packed.len();
-            held.all.push_back((id, packed));
+        if packed.len() > held.limit {
+            return;
+        }
+        let room = held.limit - packed.len();
+        held.shrink(room);
+        held.bytes += packed.len();
+        let fits = |shelf: &&mut Shelf| shelf.text.capacity() - shelf.text.len() >= packed.len();
+        match held.shelves.back_mut().filter(fits) {
+            Some(shelf) => {
+                shelf.text.extend_from_slice(packed);
+                shelf.ends.push((id, shelf.text.len()));
+            }
+            None => {
+                let mut text = Vec::with_capacity(packed.len().max(SHELF));
+                text.extend_from_slice(packed);
+                let ends = vec![(id, packed.len())];
+                held.shelves.push_back(Shelf { ends, text });
+            }
         }
     }
 
     pub(super) fn get(&self, id: u64) -> Option<Vec<u8>> {
         let held = self.inner.lock();
-        held.all.iter().find(|(i, _)| *i == id).map(|(_, p)| p.to_vec())
+        held.all().find(|(i, _)| *i == id).map(|(_, p)| p.to_vec())
     }
 
     pub(super) fn ids(&self) -> HashSet<u64> {
-        self.inner.lock().all.iter().map(|(id, _)| *id).collect()
+        self.inner.lock().all().map(|(id, _)| id).collect()
     }
 }
 
@@ -290,8 +371,6 @@ pub(super) fn off_the_way(size: usize, work: impl FnOnce() + Send + 'static) {
 
 #[cfg(test)]
 mod tests {
-    use http::HeaderValue;
-
     use super::*;
 
     fn headers(pairs: &[(&'static str, &'static str)]) -> HeaderMap {
@@ -307,7 +386,12 @@ mod tests {
             ("x-api-key", "secret"),
             ("x-a", "1"),
         ]);
-        let mut recording = Recording::new(&request, &Bytes::copy_from_slice(body.as_bytes()), 10_000);
+        let mut recording = Recording::new(
+            "/v1/x",
+            &request,
+            &Bytes::copy_from_slice(body.as_bytes()),
+            100_000,
+        );
         recording.reply(&headers(&[("content-type", kind), ("set-cookie", "secret")]));
         recording.piece(b"data: 1\n\n");
         recording.piece(b"data: 2\n\n");
@@ -316,8 +400,8 @@ mod tests {
 
     #[test]
     fn what_is_kept_comes_back_without_secrets() {
-        for body in ["{}", &"long ".repeat(1_000)] {
-            let packed = recording("text/event-stream", body).pack("/v1/x");
+        for body in ["{}", &"long ".repeat(1_000), &"longer ".repeat(10_000)] {
+            let packed = recording("text/event-stream", body).pack();
             let captured = Captured::unpack(&packed).unwrap();
             let shown = captured.to_json(7);
             assert_eq!(
@@ -335,37 +419,75 @@ mod tests {
             }
         }
         assert!(
-            recording("text/plain", &"long ".repeat(1_000)).pack("/").len() < 1_000,
+            recording("text/plain", &"long ".repeat(1_000)).pack().len() < 1_000,
             "packed"
         );
     }
 
     #[test]
     fn no_text_and_no_giants() {
-        let captured = Captured::unpack(&recording("audio/mpeg", "{}").pack("/")).unwrap();
+        let captured = Captured::unpack(&recording("audio/mpeg", "{}").pack()).unwrap();
         assert_eq!(
             (captured.reply_body, captured.request_body),
             (None, Some(b"{}".to_vec()))
         );
-        let mut big = recording("text/plain", &"x".repeat(10_001));
-        big.piece(&[b'y'; 10_000]);
-        let captured = Captured::unpack(&big.pack("/")).unwrap();
+        let mut big = recording("text/plain", &"x".repeat(100_001));
+        big.piece(&[b'y'; 100_000]);
+        big.piece(b"more");
+        let captured = Captured::unpack(&big.pack()).unwrap();
         assert_eq!((captured.reply_body, captured.request_body), (None, None));
+        let unanswered = Recording::new("/v1/x", &HeaderMap::new(), &Bytes::from_static(b"{}"), 10);
+        let captured = Captured::unpack(&unanswered.pack()).unwrap();
+        assert_eq!(
+            (captured.reply, captured.reply_body, captured.request_body),
+            (vec![], None, Some(b"{}".to_vec()))
+        );
+    }
+
+    #[test]
+    fn a_second_head_takes_the_place_of_the_first() {
+        let mut again = recording("text/plain", "{}");
+        again.reply(&headers(&[("content-type", "text/plain")]));
+        again.piece(b"right");
+        let captured = Captured::unpack(&again.pack()).unwrap();
+        assert_eq!(
+            (captured.reply, captured.reply_body),
+            (b"content-type: text/plain\n".to_vec(), Some(b"right".to_vec()))
+        );
     }
 
     #[test]
     fn the_oldest_make_room() {
         let captures = Captures::default();
-        captures.put(1, vec![0; 10].into());
+        captures.put(1, &[0; 10]);
         assert!(captures.ids().is_empty(), "nothing is kept");
         captures.set_limit(1, false);
         for id in 1..=5 {
-            captures.put(id, vec![0; 400_000].into());
+            captures.put(id, &vec![0; 400_000]);
         }
-        captures.put(6, vec![0; 2_000_000].into());
+        captures.put(6, &vec![0; 2_000_000]);
         assert_eq!(captures.ids(), HashSet::from([4, 5]));
         assert_eq!(captures.get(4).unwrap().len(), 400_000);
         captures.set_limit(0, false);
         assert!(captures.ids().is_empty() && captures.room() == 0);
+    }
+
+    #[test]
+    fn small_ones_share_their_memory_and_stay_apart() {
+        let captures = Captures::default();
+        captures.set_limit(1, false);
+        let text = |id: u64| vec![u8::try_from(id % 251).unwrap(); 900 + usize::try_from(id % 13).unwrap()];
+        for id in 1..=2_000 {
+            captures.put(id, &text(id));
+        }
+        let kept = captures.ids();
+        let oldest = *kept.iter().min().unwrap();
+        assert_eq!(kept, (oldest..=2_000).collect(), "the last ones, without a gap");
+        let bytes: usize = kept.iter().map(|id| text(*id).len()).sum();
+        assert!(((1 << 20) - 2 * SHELF..=1 << 20).contains(&bytes), "{bytes}");
+        for id in kept {
+            assert_eq!(captures.get(id), Some(text(id)));
+        }
+        assert_eq!(captures.get(oldest - 1), None);
     }
 }

@@ -351,14 +351,14 @@ impl Activity {
         self.inner.lock().store.clone()
     }
 
-    fn keep_capture(self: &Arc<Self>, id: u64, path: String, recording: Recording) {
+    fn keep_capture(self: &Arc<Self>, id: u64, recording: Box<Recording>) {
         let kept = self.clone();
         let size = recording.len();
         let keep = move || {
-            let packed = recording.pack(&path);
+            let packed = recording.pack();
             match kept.store() {
-                Some(store) => store.put_capture(id, packed, kept.captures.limit()),
-                None => kept.captures.put(id, packed),
+                Some(store) => store.put_capture(id, packed.into(), kept.captures.limit()),
+                None => kept.captures.put(id, &packed),
             }
         };
         captures::off_the_way(size, keep);

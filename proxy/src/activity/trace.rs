@@ -57,7 +57,8 @@ impl Trace {
     pub fn record(&mut self, headers: &HeaderMap, body: &Bytes) {
         let room = self.activity.capture_room();
         if room > 0 {
-            self.recording = Some(Box::new(Recording::new(headers, body, room)));
+            let recording = Recording::new(&self.running.path, headers, body, room);
+            self.recording = Some(Box::new(recording));
         }
     }
 
@@ -179,7 +180,7 @@ impl Drop for Trace {
         }
         drop(inner);
         if let Some(recording) = self.recording.take() {
-            self.activity.keep_capture(id, running.path.clone(), *recording);
+            self.activity.keep_capture(id, recording);
         }
         self.activity.tell(|| Change::Ended(self.running.id));
         self.activity.tell(|| Change::Finished(id));

@@ -1,5 +1,6 @@
 //! The access log: one line for each request, written when its reply has ended.
 
+use std::io::Write;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -7,10 +8,11 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use http::header::USER_AGENT;
-use http::{Method, Request, Response, Version};
+use http::{Request, Response, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 
 use super::body::{Body, Broken};
+use crate::logs::Logs;
 
 /// Paths that are asked for by machines, all the time.
 const QUIET: [&str; 3] = ["/wol-health", "/api/performance", "/metrics"];
@@ -18,11 +20,11 @@ const QUIET: [&str; 3] = ["/wol-health", "/api/performance", "/metrics"];
 /// What is known of a request; its line is written when it is dropped.
 #[derive(Debug)]
 struct Entry {
+    logs: Logs,
     client: IpAddr,
-    method: Method,
-    path: String,
-    version: Version,
-    agent: String,
+    /// The request line without what follows the path, and behind it the client's name for itself.
+    told: String,
+    agent: usize,
     begun: Instant,
     status: u16,
     bytes: u64,
@@ -30,20 +32,21 @@ struct Entry {
 
 impl Drop for Entry {
     fn drop(&mut self) {
+        let time = self.begun.elapsed();
+        let (request, agent) = self.told.split_at_checked(self.agent).unwrap_or_default();
         let Self {
+            logs,
             client,
-            method,
-            path,
-            version,
-            agent,
-            begun,
             status,
             bytes,
+            ..
         } = self;
-        let time = begun.elapsed();
-        tracing::info!(
-            "Request {client} \"{method} {path} {version:?}\" {status} {bytes} \"{agent}\" {time:?}"
-        );
+        logs.inform(|line| {
+            let _ = write!(
+                line,
+                "Request {client} \"{request}\" {status} {bytes} \"{agent}\" {time:?}"
+            );
+        });
     }
 }
 
@@ -52,18 +55,37 @@ impl Drop for Entry {
 pub(super) struct Begun(Option<Box<Entry>>);
 
 /// A request has arrived. Costs nothing where the log's level leaves such lines out.
-pub(super) fn begin<B>(client: IpAddr, request: &Request<B>) -> Begun {
+pub(super) fn begin<B>(logs: &Logs, client: IpAddr, request: &Request<B>) -> Begun {
     let path = request.uri().path();
     if !tracing::enabled!(tracing::Level::INFO) || QUIET.iter().any(|quiet| path.starts_with(quiet)) {
         return Begun(None);
     }
     let agent = request.headers().get(USER_AGENT).and_then(|v| v.to_str().ok());
+    let agent = agent.unwrap_or_default();
+    let version = match request.version() {
+        Version::HTTP_10 => "HTTP/1.0",
+        Version::HTTP_2 => "HTTP/2.0",
+        _ => "HTTP/1.1",
+    };
+    let method = request.method().as_str();
+    let mut told = String::with_capacity(method.len() + path.len() + version.len() + agent.len() + 2);
+    told.push_str(method);
+    told.push(' ');
+    if path.bytes().all(|b| b.is_ascii_graphic()) {
+        told.push_str(path);
+    } else {
+        // Nobody writes a terminal's commands into the log.
+        told.extend(path.escape_debug());
+    }
+    told.push(' ');
+    told.push_str(version);
+    let behind = told.len();
+    told.push_str(agent);
     Begun(Some(Box::new(Entry {
+        logs: logs.clone(),
         client,
-        method: request.method().clone(),
-        path: path.to_owned(),
-        version: request.version(),
-        agent: agent.unwrap_or_default().to_owned(),
+        told,
+        agent: behind,
         begun: Instant::now(),
         status: 0,
         bytes: 0,

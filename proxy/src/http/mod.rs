@@ -73,7 +73,7 @@ pub async fn handle_ollama(
     client: SocketAddr,
     request: Request<Incoming>,
 ) -> Result<Response<Counted>, Infallible> {
-    let begun = access::begin(client.ip(), &request);
+    let begun = access::begin(&app.house.logs, client.ip(), &request);
     let path = request.uri().path();
     let read = matches!(*request.method(), Method::GET | Method::HEAD);
     let response = match path {
@@ -97,7 +97,7 @@ pub async fn handle(
     client: SocketAddr,
     request: Request<Incoming>,
 ) -> Result<Response<Counted>, Infallible> {
-    let begun = access::begin(client.ip(), &request);
+    let begun = access::begin(&app.house.logs, client.ip(), &request);
     Ok(access::count(respond(&app, client, request).await, begun))
 }
 
