@@ -37,6 +37,14 @@ fn main() {
     match words.as_slice() {
         ["upstream", port] => return roles::upstream(port.parse().unwrap()),
         ["relay", port, to] => return roles::relay(port.parse().unwrap(), to.parse().unwrap()),
+        ["load", what, port, clients, times] => {
+            return roles::load(
+                what,
+                port.parse().unwrap(),
+                clients.parse().unwrap(),
+                times.parse().unwrap(),
+            );
+        }
         // As a worker of swapd's own kind.
         ["serve", ..] if std::env::var_os(CONTROL_ENV).is_some() => return roles::upstream(0),
         _ => {}

@@ -8,7 +8,7 @@ use api_types::control::{CONTROL_ENV, Heartbeat, WorkerEvent, to_line};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::wire::{DONE, event, runtime};
+use crate::wire::{DONE, event, requests, runtime, streams};
 
 /// Time that the server takes to get ready, in milliseconds.
 pub const START_ENV: &str = "BENCH_START_MS";
@@ -139,4 +139,15 @@ pub fn relay(port: u16, to: u16) {
             });
         }
     });
+}
+
+/// Load for a profiler: `requests` sends this many small ones over each connection; `paced` asks for streams of this
+/// many events, a thousand a second, and `burst` for such streams as fast as they come.
+pub fn load(what: &str, port: u16, clients: u64, times: u64) {
+    match what {
+        "requests" => requests(port, clients, times),
+        "paced" => assert_eq!(streams(port, clients, times, 60, 1000), 0),
+        "burst" => assert_eq!(streams(port, clients, times, 60, 0), 0),
+        _ => panic!("requests, paced or burst, not {what}"),
+    }
 }

@@ -252,6 +252,27 @@ pub fn throughput(port: u16, request: &[u8], clients: usize, time: Duration) -> 
     total as f64 / time.as_secs_f64()
 }
 
+/// This many small requests over each of `clients` connections.
+pub fn requests(port: u16, clients: u64, each: u64) {
+    runtime().block_on(async {
+        let tasks: Vec<_> = (0..clients)
+            .map(|_| {
+                tokio::spawn(async move {
+                    let mut stream = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+                    stream.set_nodelay(true).unwrap();
+                    let (request, mut buffer) = (request("m", ""), vec![0; 4096]);
+                    for _ in 0..each {
+                        ask(&mut stream, &request, &mut buffer, false).await;
+                    }
+                })
+            })
+            .collect();
+        for task in tasks {
+            task.await.unwrap();
+        }
+    });
+}
+
 /// `clients` streams side by side; how many did not arrive as they were sent.
 pub fn streams(port: u16, clients: u64, events: u64, bytes: usize, gap_us: u64) -> u64 {
     runtime().block_on(async {
