@@ -16,7 +16,7 @@ use tokio_rustls::rustls::{ClientConnection, StreamOwned};
 use crate::activity::Activity;
 use crate::catalog::Catalog;
 use crate::house::House;
-use crate::http::App;
+use crate::http::{self, App};
 use crate::logline;
 use crate::logs::Logs;
 use crate::peers;
@@ -30,8 +30,8 @@ use crate::watched::Contents;
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:11434";
 /// Environment variable with the API key that `swapd reload` presents.
 pub const KEY_ENV: &str = "SWAPD_API_KEY";
-/// Largest request body.
-const MAX_BODY: usize = 256 << 20;
+/// Said where nothing names a registry. llama-swap ends with 1 then, as with one that cannot be read.
+const NO_CONFIG: &str = "--config FILE or --config-dir DIR is required";
 
 const HELP: &str = "\
 swapd: one address in front of many model servers
@@ -48,6 +48,7 @@ Options (one dash or two):
   --config FILE       registry, YAML or JSON
   --config-dir DIR    more registry files, *.yml and *.yaml, merged by name
   --listen ADDR       address, default 127.0.0.1:11434; ':PORT' means 127.0.0.1:PORT
+                      (llama-swap: all addresses of the machine)
   --tls-cert-file FILE, --tls-key-file FILE
                       serve TLS (PEM; certificate chain and key); for 'reload': the certificate that swapd shows
   --ollama-listen A   a second port for clients of Ollama, loopback only; comes before the registry's ollama.listen
@@ -164,7 +165,7 @@ pub fn parse(args: &[String]) -> Result<Command, String> {
         return Ok(Command::Reload(options.listen, options.tls_cert));
     }
     if paths.config.is_none() && paths.config_dir.is_none() {
-        return Err("--config FILE or --config-dir DIR is required".to_owned());
+        return Err(NO_CONFIG.to_owned());
     }
     if show {
         return Ok(Command::Show(paths));
@@ -202,7 +203,7 @@ pub fn parse_listen(listen: &str) -> Result<SocketAddr, String> {
         .ok_or_else(|| format!("--listen {listen}: no address"))
 }
 
-/// The whole program: returns its exit code. 0 normal, 1 a bad registry or address, 2 a bad command line.
+/// The whole program: returns its exit code. 0 normal, 1 a bad registry or address or none, 2 a bad command line.
 #[must_use]
 pub fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -236,7 +237,7 @@ pub fn main() -> ExitCode {
         },
         Err(message) => {
             complain(&format!("swapd: {message}\n\n{}", HELP.trim_end()));
-            ExitCode::from(2)
+            ExitCode::from(if message == NO_CONFIG { 1 } else { 2 })
         }
     }
 }
@@ -296,6 +297,13 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
     for warning in warnings {
         tracing::warn!("{warning}");
     }
+    if let Some(port) = options.listen.strip_prefix(':') {
+        tracing::warn!(
+            "'{}' names no host: swapd listens on 127.0.0.1, for this machine only. For others too, as llama-swap \
+             has it: --listen 0.0.0.0:{port}, and apiKeys in the registry",
+            options.listen
+        );
+    }
     let activity = Activity::new(registry.globals.metrics_max_in_memory);
     activity.configure(&registry.globals)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
@@ -352,10 +360,10 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
             hardware: hardware.ok(),
             profile: Mutex::new(None),
             profile_feed: tokio::sync::watch::Sender::new(None),
-            max_body: MAX_BODY,
             started_unix: now,
             via: format!("swapd-{:016x}", RandomState::new().hash_one(std::process::id())),
         });
+        tokio::spawn(http::control::drop_lost_profile(app.clone()));
         crate::serve::serve(app, listener, acceptor, ollama)
             .await
             .map_err(|e| e.to_string())

@@ -6,12 +6,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use lifecycle::{
-    CutReason, Effect, Event, Failure, Instance, Kind, Lifecycle, MemoryLevel, MemoryReading, ModelId,
-    ModelStatus, Rejection, RequestId, State, Ticket,
+    Effect, Event, Failure, Instance, Kind, Lifecycle, MemoryLevel, MemoryReading, ModelId, ModelStatus,
+    Rejection, RequestId, State, Ticket,
 };
 use parking_lot::Mutex;
 use tokio::sync::{Notify, broadcast, oneshot};
@@ -20,7 +19,8 @@ use crate::catalog::Catalog;
 use crate::logs::Logs;
 use crate::pressure;
 use crate::process::{self, Order, Process, Report};
-use crate::upstream::{Closer, SharedPool};
+use crate::upstream::SharedPool;
+pub use crate::wire::{Ordered, Wire};
 
 /// State changes that a slow reader of the feed may lag behind.
 const FEED: usize = 256;
@@ -83,88 +83,6 @@ enum Slot {
 
 /// To a request: its process; to an explicit load: none.
 type Answer = Result<Option<Arc<Process>>, Rejection>;
-
-/// Where a request in flight is told to end.
-#[derive(Debug, Default)]
-pub struct Wire {
-    inner: Mutex<WireState>,
-}
-
-#[derive(Debug, Default)]
-struct WireState {
-    ordered: Option<Ordered>,
-    /// Whoever serves the request.
-    waker: Option<Waker>,
-    /// Its connection, which is closed even while nobody serves it (a client that does not read).
-    closer: Option<Closer>,
-}
-
-/// Why a request in flight has to end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ordered {
-    /// Somebody has cancelled it.
-    Cancelled,
-    /// Its model has to go.
-    Cut(CutReason),
-}
-
-impl Wire {
-    fn order(&self, why: Ordered) {
-        let mut inner = self.inner.lock();
-        inner.ordered.get_or_insert(why);
-        let (waker, closer) = (inner.waker.take(), inner.closer.take());
-        drop(inner);
-        if let Some(closer) = closer {
-            closer.close();
-        }
-        if let Some(waker) = waker {
-            waker.wake();
-        }
-    }
-
-    /// Says which connection to close. Closes it at once if the order came first.
-    pub fn attach(&self, closer: Closer) {
-        let mut inner = self.inner.lock();
-        if inner.ordered.is_some() {
-            closer.close();
-        } else {
-            inner.closer = Some(closer);
-        }
-    }
-
-    /// The connection serves somebody else from now on.
-    pub fn detach(&self) {
-        self.inner.lock().closer = None;
-    }
-
-    /// Ends the request.
-    pub fn cancel(&self) {
-        self.order(Ordered::Cancelled);
-    }
-
-    /// Why it has to end, if it has to.
-    #[must_use]
-    pub fn ordered(&self) -> Option<Ordered> {
-        self.inner.lock().ordered
-    }
-
-    /// Ready when it has to end.
-    pub fn poll_ordered(&self, cx: &Context<'_>) -> Poll<Ordered> {
-        let mut inner = self.inner.lock();
-        if let Some(why) = inner.ordered {
-            return Poll::Ready(why);
-        }
-        if !inner.waker.as_ref().is_some_and(|w| w.will_wake(cx.waker())) {
-            inner.waker = Some(cx.waker().clone());
-        }
-        Poll::Pending
-    }
-
-    /// Returns when it has to end.
-    pub async fn until_ordered(&self) -> Ordered {
-        std::future::poll_fn(|cx| self.poll_ordered(cx)).await
-    }
-}
 
 /// The right to use a ready process for one request; given back when dropped.
 #[derive(Debug)]
@@ -389,10 +307,7 @@ impl House {
         let mut inner = self.inner.lock();
         let config = catalog.rules();
         for process in inner.processes.values() {
-            if let (Some((pool, _)), Some(now)) = (process.upstream.get(), catalog.definition(&process.model))
-            {
-                pool.set_limits(now.limits);
-            }
+            process.retune(catalog.definition(&process.model));
         }
         inner.catalog = catalog;
         self.step(&mut inner, now, Event::Reload { config, changed });
@@ -486,11 +401,8 @@ impl House {
                 let loads = inner.loads.entry(model.clone()).or_default();
                 (loads.ready, loads.time) = (loads.ready + 1, loads.time + time);
                 tracing::info!(%model, ms, "ready");
-                // They may have been changed since the start.
-                if let Some(definition) = inner.catalog.definition(&model) {
-                    pool.set_limits(definition.limits);
-                }
                 let _ = process.upstream.set((pool, prefix));
+                process.retune(inner.catalog.definition(&model));
                 Event::Ready(model, instance)
             }
             Report::Exited(failure) => {

@@ -13,6 +13,7 @@
 //! | `catalog`   | the registry in force, names looked up                                                         |
 //! | `residency` | the registry's groups and matrix as the lifecycle asks for them                                |
 //! | `house`     | shell around the pure `lifecycle`: events in, effects out                                      |
+//! | `wire`      | where a request in flight learns that it has to end                                            |
 //! | `reload`    | a changed registry put in force as a difference                                                |
 //! | `watched`   | the registry's files: what they hold, and when they have come to rest                          |
 //! | `rewrite`   | filters: named keys of a body changed in place                                                 |
@@ -58,3 +59,4 @@ pub mod tls;
 pub mod upstream;
 pub mod usage;
 pub mod watched;
+mod wire;

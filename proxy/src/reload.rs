@@ -9,7 +9,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use registry::{Code, Diagnostic, Options, Registry, RegistryDiff, Severity};
+use registry::{Code, Diagnostic, Globals, Options, Registry, RegistryDiff, Severity};
 use tokio::sync::{Mutex, watch};
 use tokio::time::Instant;
 
@@ -41,6 +41,8 @@ pub struct Reloader {
     certificate: Option<Arc<Shown>>,
     level: Level,
     outcome: watch::Sender<Outcome>,
+    /// What is taken up at the start only, as it was then.
+    started: Globals,
     /// Fingerprint of the files as last parsed, in force or not; none when they could not be read. Held during a
     /// reload: one at a time, in order.
     parsed: Mutex<Option<u64>>,
@@ -58,7 +60,9 @@ impl Reloader {
         certificate: Option<Arc<Shown>>,
         level: Level,
     ) -> Arc<Self> {
+        let started = house.catalog().registry.globals.clone();
         Arc::new(Self {
+            started,
             paths,
             house,
             activity,
@@ -127,6 +131,9 @@ impl Reloader {
             added = ?diff.added, removed = ?diff.removed, restarted = ?diff.changed, retuned = ?diff.retuned,
             unchanged = diff.unchanged.len(), "registry taken up"
         );
+        for key in only_at_start(&self.started, &registry.globals) {
+            tracing::warn!("{key} has changed and stays as it was: a restart takes it up");
+        }
         // After what was said of this reload: at its old level.
         self.level.set(registry.globals.log_level);
         self.performance.set_every(performance::every(&registry.globals));
@@ -197,6 +204,20 @@ impl Reloader {
         self.refuse(why);
         (since, true)
     }
+}
+
+/// Keys that are taken up at the start only, and are not what they were then.
+fn only_at_start(started: &Globals, now: &Globals) -> Vec<&'static str> {
+    let changed = [
+        ("logToStdout", started.log_to_stdout != now.log_to_stdout),
+        ("logTimeFormat", started.log_time_format != now.log_time_format),
+        ("ollama.listen", started.ollama_listen != now.ollama_listen),
+    ];
+    changed
+        .into_iter()
+        .filter(|(_, c)| *c)
+        .map(|(key, _)| key)
+        .collect()
 }
 
 /// A finding about a whole file.

@@ -51,6 +51,13 @@ fn errors_are_envelopes() {
         )
         .finish();
     assert_eq!((big.status, big.error().1.as_str()), (413, "request_too_large"));
+    swapd.rewrite(&format!("maxBodySize: 1\n{ONE}"));
+    swapd.post("/api/reload", "");
+    let smaller = swapd.post("/v1/chat/completions", &" ".repeat((1 << 20) + 1));
+    assert_eq!(
+        (smaller.status, smaller.error().1.as_str()),
+        (413, "request_too_large")
+    );
 }
 
 #[test]
@@ -296,6 +303,15 @@ fn a_bad_registry_or_command_line_does_not_serve() {
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8(output.stderr).unwrap().contains("c.yaml:2:"));
     assert_eq!(run(&["--confg", "x"]).status.code(), Some(2));
+    for none in [&["--watch-config"][..], &["check"]] {
+        let output = run(none);
+        assert_eq!(output.status.code(), Some(1));
+        assert!(
+            String::from_utf8(output.stderr)
+                .unwrap()
+                .contains("--config FILE")
+        );
+    }
     assert_eq!(run(&["-version"]).status.code(), Some(0));
     assert_eq!(run(&["--config", "/does/not/exist"]).status.code(), Some(1));
 }

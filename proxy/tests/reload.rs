@@ -228,3 +228,55 @@ fn a_writer_that_pauses_takes_nothing_away() {
     assert_eq!(pid(&swapd, "b"), b, "{}", swapd.get("/logs").body);
     assert_eq!(swapd.get("/logs").body.matches("registry taken up").count(), 1);
 }
+
+#[test]
+fn what_only_a_restart_takes_up_is_named() {
+    // A port without a host is not llama-swap's: that is said too.
+    let swapd = Swapd::start_with("models: {}", &["--listen", ":0"]);
+    assert!(swapd.address.starts_with("127.0.0.1:"));
+    assert!(swapd.get("/logs").body.contains("[WARN] ':0' names no host"));
+    swapd.rewrite("logToStdout: both\nlogTimeFormat: rfc3339\nollama: {listen: '127.0.0.1:1'}");
+    swapd.post("/api/reload", "");
+    let log = swapd.get("/logs").body;
+    for key in ["logToStdout", "logTimeFormat", "ollama.listen"] {
+        assert!(
+            log.contains(&format!("{key} has changed and stays as it was")),
+            "{log}"
+        );
+    }
+    swapd.rewrite("models: {}");
+    swapd.post("/api/reload", "");
+    assert_eq!(swapd.get("/logs").body.matches("stays as it was").count(), 3);
+}
+
+/// llama-swap loses both with every reload.
+#[test]
+fn the_profile_and_captures_stay_as_long_as_they_can() {
+    let with = |profiles: &str| {
+        format!("captureBuffer: 5\nmodels: {{m: {{worker: {{model: DIR}}}}}}\nprofiles: {profiles}")
+    };
+    let swapd = Swapd::start(&with("{day: {pins: {x: m}}, night: {pins: {x: null}}}"));
+    let body = r#"{"name":"day"}"#;
+    assert_eq!(
+        swapd
+            .open("PUT", "/api/profiles/active", "", body)
+            .finish()
+            .status,
+        200
+    );
+    assert_eq!(swapd.chat("x", "").status, 200);
+    let captured = || swapd.get("/api/captures/1").status;
+    eventually("captured", SEC, || (captured() == 200).then_some(()));
+    let active = || swapd.get("/api/profiles").json()["active"].clone();
+    swapd.rewrite(&with("{day: {pins: {x: m, y: m}}}"));
+    assert_eq!(swapd.post("/api/reload", "").status, 200);
+    assert_eq!((active().as_str(), captured()), (Some("day"), 200));
+    assert_eq!(swapd.chat("y", "").status, 200);
+    // Taken out, it is off; put back, it is not on again by itself.
+    for profiles in ["{night: {pins: {x: m}}}", "{day: {pins: {x: m}}}"] {
+        swapd.rewrite(&with(profiles));
+        assert_eq!(swapd.post("/api/reload", "").status, 200);
+        assert!(active().is_null(), "{profiles}");
+    }
+    assert_eq!(swapd.chat("x", "").status, 404);
+}

@@ -158,13 +158,13 @@ pub(crate) static ROOT: Object = Object {
             "logTimeFormat",
             Ty::Str,
             "",
-            "Time format of the log: rfc3339, rfc3339nano, rfc1123, kitchen, stamp, ...; empty for none.",
+            "Time format of the log: rfc3339, rfc3339nano, rfc1123, kitchen, stamp, ...; empty for none. Taken up at the start only.",
         ),
         key(
             "logToStdout",
             Ty::OneOf(&["proxy", "upstream", "both", "none"]),
             "proxy",
-            "Which log goes to standard output.",
+            "Which log goes to standard output. Taken up at the start only.",
         ),
         key("logRequests", Ty::Bool, "", "").no_effect("requests are logged, always"),
         key(
@@ -181,6 +181,12 @@ pub(crate) static ROOT: Object = Object {
             COUNT,
             "5",
             "Megabytes for captured requests; 0 keeps none.",
+        ),
+        key(
+            "maxBodySize",
+            Ty::Int { min: 1, max: 65_536 },
+            "256",
+            "Megabytes of a request's body; a larger one is answered 413.",
         ),
         key("store", Ty::Object(&STORE), "", "Where activity is kept."),
         key("ui", Ty::Object(&UI), "", "The web page."),

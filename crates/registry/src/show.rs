@@ -83,6 +83,7 @@ impl Registry {
             "logToStdout": format!("{:?}", g.log_to_stdout).to_lowercase(),
             "metricsMaxInMemory": g.metrics_max_in_memory,
             "captureBuffer": g.capture_buffer_mb,
+            "maxBodySize": g.max_body >> 20,
             "store": g.store_path,
             "sessionIdHeaders": g.session_id_headers,
             "memory": g.memory.as_ref().map(|m| json!({

@@ -233,6 +233,8 @@ pub struct Globals {
     pub metrics_max_in_memory: usize,
     /// Size of the store of captured requests; 0 keeps none.
     pub capture_buffer_mb: u64,
+    /// Largest request body, in bytes.
+    pub max_body: usize,
     /// File of the activity database; `None`: memory only.
     pub store_path: Option<PathBuf>,
     /// Request headers that carry a client's session id.

@@ -209,6 +209,19 @@ fn switch_profile(app: &App, catalog: &Catalog, body: &[u8]) -> Result<Response<
     Ok(json_reply(&profiles(app, catalog)))
 }
 
+/// Switches the active profile off, for ever, when a reload has taken it out of the registry.
+pub async fn drop_lost_profile(app: Arc<App>) {
+    let mut outcomes = app.reloader.outcomes();
+    while outcomes.changed().await.is_ok() {
+        let catalog = app.house.catalog();
+        let mut active = app.profile.lock();
+        if let Some(lost) = active.take_if(|name| !catalog.registry.profiles.contains_key(name)) {
+            tracing::warn!(profile = %lost, "is no longer in the registry: switched off");
+            app.profile_feed.send_replace(None);
+        }
+    }
+}
+
 async fn reload(app: &App) -> Result<Response<Body>, ApiError> {
     match app.reloader.reload().await {
         Ok(diff) => Ok(json_reply(&json!({

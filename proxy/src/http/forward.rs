@@ -319,7 +319,8 @@ fn redirect(parts: &Parts, to: &str) -> Response<Body> {
 }
 
 pub(super) async fn read(app: &App, incoming: Incoming) -> Result<Bytes, ApiError> {
-    body::read(incoming, app.max_body).await.map_err(|e| match e {
+    let limit = app.house.catalog().registry.globals.max_body;
+    body::read(incoming, limit).await.map_err(|e| match e {
         ReadError::TooLarge(limit) => ApiError::too_large(format!("the body is larger than {limit} bytes")),
         ReadError::Broken(e) => ApiError::bad_request(format!("the body could not be read: {e}")),
     })

@@ -56,8 +56,6 @@ pub struct App {
     pub profile: Mutex<Option<String>>,
     /// Tells of every switch.
     pub profile_feed: tokio::sync::watch::Sender<Option<String>>,
-    /// Largest request body, in bytes.
-    pub max_body: usize,
     /// Unix time of the start, seconds: `created` of the models.
     pub started_unix: u64,
     /// How this proxy calls itself in `Via`, no two alike.

@@ -110,6 +110,13 @@ impl Process {
             .is_ok()
     }
 
+    /// Takes over the limits of its model as it is defined now: they may have changed since the start.
+    pub fn retune(&self, now: Option<&Arc<Definition>>) {
+        if let (Some((pool, _)), Some(now)) = (self.upstream.get(), now) {
+            pool.set_limits(now.limits);
+        }
+    }
+
     /// Passes an order on. (At most one stop and one kill are ever given: the channel holds them.)
     pub fn order(&self, order: Order) {
         let _ = self.orders.try_send(order);

@@ -59,6 +59,7 @@ pub(super) fn globals(root: &Node, bases: &[PathBuf], findings: &mut Findings) -
             .filter(|n| *n > 0)
             .unwrap_or(1000),
         capture_buffer_mb: number(root, "captureBuffer").unwrap_or(5),
+        max_body: number(root, "maxBodySize").unwrap_or(256_usize) << 20,
         store_path: store_path(root, bases, findings),
         session_id_headers: session_id_headers(section("ui")),
         performance_disabled: flag(performance, "disabled").unwrap_or(false),

@@ -212,7 +212,7 @@ static ON_STARTUP: Object = Object {
         "preload",
         STRINGS,
         "",
-        "Models (or aliases) to load, one after the other.",
+        "Models (or aliases) to load, one after the other. A reload loads none.",
     )],
 };
 
