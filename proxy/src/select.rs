@@ -16,6 +16,8 @@ pub struct Choice {
     pub target: Option<String>,
     /// The model of this machine, and its name as a target, that serves should no peer take the request.
     pub otherwise: Option<(ModelId, String)>,
+    /// The selector that has chosen.
+    pub selector: Option<String>,
 }
 
 impl Choice {
@@ -69,12 +71,17 @@ pub fn follow(
         None => (name, false),
     };
     if let Some(selector) = registry.selectors.get(name) {
-        return choose(catalog, selector, status).ok_or(Nowhere::NoTarget);
+        let choice = choose(catalog, selector, status).ok_or(Nowhere::NoTarget)?;
+        return Ok(Choice {
+            selector: Some(name.to_owned()),
+            ..choice
+        });
     }
     Ok(Choice {
         to: catalog.destination(name).ok_or(Nowhere::Unknown)?,
         target: pinned.then(|| name.to_owned()),
         otherwise: None,
+        selector: None,
     })
 }
 
@@ -139,6 +146,7 @@ fn choose(
             to: Destination::Model((*model).clone()),
             target: Some((*name).to_owned()),
             otherwise: None,
+            selector: None,
         },
         Target::There(name, far) => Choice {
             to: Destination::Peers(far.clone()),
@@ -148,6 +156,7 @@ fn choose(
             } else {
                 None
             },
+            selector: None,
         },
     })
 }

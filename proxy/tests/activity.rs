@@ -88,6 +88,50 @@ fn a_request_and_its_reply_are_captured() {
 }
 
 #[test]
+fn rows_tell_of_servers_counts_refusals_and_the_way_to_the_model() {
+    let config = "
+models:
+  m: {cmd: 'FAKESERVER --port ${PORT}'}
+  n: {worker: {model: DIR}}
+groups: {g: {swap: false, members: [m, n]}}
+selectors: {best: {strategy: warm, targets: [m, n]}}
+routing: {scheduler: {use: fifo, settings: {fifo: {priority: {m: 7}}}}}
+";
+    let swapd = Swapd::start(config);
+    let timings = r#"{"content":"","stop":true,"timings":{"cache_n":5,"prompt_n":20,"prompt_per_second":400.5,"predicted_n":30,"predicted_per_second":61.5,"draft_n":12,"draft_n_accepted":9}}"#;
+    let body = format!(r#"{{"model":"m","prompt":"x","stream":true,"say":[{timings}]}}"#);
+    assert_eq!(swapd.post("/completion", &body).status, 200);
+    swapd.chat("best", r#""status":400,"error":{"message":"too long"}"#);
+    swapd.chat("n", r#""status":422,"error":{}"#);
+    let rows = rows(&swapd);
+    assert_eq!(
+        rows[0]["tokens"],
+        serde_json::json!({
+            "cache_tokens": 5, "draft_tokens": 12, "draft_acc_tokens": 9, "input_tokens": 25, "output_tokens": 30,
+            "prompt_per_second": 400.5, "tokens_per_second": 61.5,
+        })
+    );
+    let metrics = swapd.get("/metrics").body;
+    for line in [
+        "swapd_tokens_total{model=\"m\",kind=\"completion\"} 30",
+        "swapd_tokens_total{model=\"m\",kind=\"prompt\"} 25",
+    ] {
+        assert!(metrics.contains(line), "{metrics}");
+    }
+    assert_eq!(rows[0]["metadata"], serde_json::json!({"fifo_priority": "7"}));
+    assert_eq!(
+        rows[1]["metadata"],
+        serde_json::json!({"fifo_priority": "7", "selector": "best"})
+    );
+    assert_eq!(
+        (&rows[1]["error_msg"], &rows[1]["resp_status_code"]),
+        (&"too long".into(), &400.into())
+    );
+    assert_eq!(rows[2]["error_msg"], "Unprocessable Entity");
+    assert_eq!(rows[0].get("error_msg"), None);
+}
+
+#[test]
 fn no_buffer_no_captures_and_a_reload_changes_it() {
     let off = format!("captureBuffer: 0\n{ONE}");
     let swapd = Swapd::start(&off);

@@ -25,7 +25,7 @@ use tokio::sync::broadcast;
 use self::captures::{Captured, Captures, Recording};
 use self::query::{Found, Page, Totals};
 use self::store::Store;
-pub use self::trace::{ForwardedAt, Trace};
+pub use self::trace::{ForwardedAt, Selected, Trace};
 pub use crate::clock::{rfc3339, unix_ms};
 use crate::house::{Ordered, Wire};
 use crate::usage::Usage;
@@ -105,20 +105,27 @@ pub struct Row {
     pub reading: Option<Duration>,
     /// What went wrong.
     pub error: Option<String>,
+    /// Its model's priority; `None` at a peer.
+    pub priority: Option<i32>,
+    /// The selector that was asked for.
+    pub selector: Option<Box<str>>,
 }
 
 impl Row {
-    /// Tokens of the prompt per second that were read, not taken from a cache.
+    /// Tokens of the prompt per second that were read, not taken from a cache: as the server has measured, else as
+    /// seen from here.
     #[must_use]
     pub fn prompt_speed(&self) -> Option<f64> {
         let cached = self.usage.cached.unwrap_or(0);
-        speed(self.usage.prompt.map(|p| p.saturating_sub(cached)), self.reading)
+        let read = self.usage.prompt.map(|p| p.saturating_sub(cached));
+        self.usage.prompt_speed.or_else(|| speed(read, self.reading))
     }
 
     /// Tokens generated per second.
     #[must_use]
     pub fn gen_speed(&self) -> Option<f64> {
-        speed(self.usage.completion, self.generating)
+        let seen = || speed(self.usage.completion, self.generating);
+        self.usage.gen_speed.or_else(seen)
     }
 
     /// In llama-swap's form: unknown numbers are -1.
@@ -135,8 +142,8 @@ impl Row {
             "resp_status_code": self.status,
             "tokens": {
                 "cache_tokens": count(self.usage.cached),
-                "draft_tokens": -1,
-                "draft_acc_tokens": -1,
+                "draft_tokens": count(self.usage.drafted),
+                "draft_acc_tokens": count(self.usage.accepted),
                 "input_tokens": count(self.usage.prompt),
                 "output_tokens": count(self.usage.completion),
                 "prompt_per_second": speed(self.prompt_speed()),
@@ -144,13 +151,24 @@ impl Row {
             },
             "duration_ms": u64::try_from(self.duration.as_millis()).unwrap_or(u64::MAX),
             "has_capture": has_capture,
-            "metadata": {},
+            "metadata": metadata(self.priority, self.selector.as_deref()),
         });
         if let (Some(error), Some(row)) = (&self.error, row.as_object_mut()) {
             row.insert("error_msg".to_owned(), error.as_str().into());
         }
         row
     }
+}
+
+/// What llama-swap tells besides, as text.
+fn metadata(priority: Option<i32>, selector: Option<&str>) -> Value {
+    let priority = priority.map(|p| ("fifo_priority", p.to_string()));
+    let selector = selector.map(|s| ("selector", s.to_owned()));
+    let pairs = priority.into_iter().chain(selector);
+    pairs
+        .map(|(k, v)| (k.to_owned(), v.into()))
+        .collect::<serde_json::Map<_, _>>()
+        .into()
 }
 
 fn speed(tokens: Option<u64>, time: Option<Duration>) -> Option<f64> {

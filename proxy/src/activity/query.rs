@@ -72,7 +72,7 @@ pub enum Column {
     Prompt,
     /// Tokens generated.
     Generated,
-    /// Tokens drafted: there are none, so that all are equal.
+    /// Tokens proposed by a draft model.
     Drafted,
     /// Tokens of the prompt per second.
     PromptSpeed,
@@ -117,7 +117,7 @@ impl Column {
             Self::Cached => a.usage.cached.cmp(&b.usage.cached),
             Self::Prompt => a.usage.prompt.cmp(&b.usage.prompt),
             Self::Generated => a.usage.completion.cmp(&b.usage.completion),
-            Self::Drafted => Ordering::Equal,
+            Self::Drafted => a.usage.drafted.cmp(&b.usage.drafted),
             Self::PromptSpeed => speeds(a.prompt_speed(), b.prompt_speed()),
             Self::GenSpeed => speeds(a.gen_speed(), b.gen_speed()),
             Self::Duration => a.duration.cmp(&b.duration),

@@ -14,25 +14,38 @@ const BUSY: Duration = Duration::from_secs(5);
 /// Most speeds that a distribution is made of: the latest ones.
 const MAX_SPEEDS: i64 = 100_000;
 /// The form of the tables below, as it is noted in the file.
-const VERSION: i64 = 1;
+const VERSION: i64 = 2;
 
 const TABLES: &str = "
 CREATE TABLE activity (
     id INTEGER PRIMARY KEY, unix_ms INTEGER NOT NULL, model TEXT NOT NULL, path TEXT NOT NULL,
     content_type TEXT NOT NULL, status INTEGER NOT NULL, prompt INTEGER, completion INTEGER, cached INTEGER,
-    duration_us INTEGER NOT NULL, generating_us INTEGER, reading_us INTEGER, error TEXT
+    duration_us INTEGER NOT NULL, generating_us INTEGER, reading_us INTEGER, error TEXT,
+    drafted INTEGER, accepted INTEGER, prompt_rate REAL, gen_rate REAL, priority INTEGER, selector TEXT
 ) STRICT;
 CREATE INDEX activity_time ON activity (unix_ms);
 CREATE INDEX activity_model ON activity (model);
 CREATE TABLE captures (id INTEGER PRIMARY KEY, packed BLOB NOT NULL) STRICT;
-PRAGMA user_version = 1;
+PRAGMA user_version = 2;
 ";
-const COLUMNS: &str = "id, unix_ms, model, path, content_type, status, prompt, completion, cached, duration_us, generating_us, reading_us, error";
+/// From the form before, in the order of the columns above.
+const FROM_1: &str = "
+ALTER TABLE activity ADD COLUMN drafted INTEGER;
+ALTER TABLE activity ADD COLUMN accepted INTEGER;
+ALTER TABLE activity ADD COLUMN prompt_rate REAL;
+ALTER TABLE activity ADD COLUMN gen_rate REAL;
+ALTER TABLE activity ADD COLUMN priority INTEGER;
+ALTER TABLE activity ADD COLUMN selector TEXT;
+PRAGMA user_version = 2;
+";
+const COLUMNS: &str = "id, unix_ms, model, path, content_type, status, prompt, completion, cached, duration_us, \
+    generating_us, reading_us, error, drafted, accepted, prompt_rate, gen_rate, priority, selector";
 /// As `Row::prompt_speed` and `Row::gen_speed`; -1 if it is not known.
-const PROMPT_SPEED: &str = "CASE WHEN max(prompt - ifnull(cached, 0), 0) > 0 AND reading_us > 0
-    THEN (prompt - ifnull(cached, 0)) * 1e6 / reading_us ELSE -1.0 END";
-const GEN_SPEED: &str =
-    "CASE WHEN completion > 0 AND generating_us > 0 THEN completion * 1e6 / generating_us ELSE -1.0 END";
+const PROMPT_SPEED: &str =
+    "ifnull(prompt_rate, CASE WHEN max(prompt - ifnull(cached, 0), 0) > 0 AND reading_us > 0
+    THEN (prompt - ifnull(cached, 0)) * 1e6 / reading_us ELSE -1.0 END)";
+const GEN_SPEED: &str = "ifnull(gen_rate, CASE WHEN completion > 0 AND generating_us > 0
+    THEN completion * 1e6 / generating_us ELSE -1.0 END)";
 
 /// Makes the tables if there are none.
 ///
@@ -47,10 +60,13 @@ pub(super) fn prepare(db: &Connection) -> Result<(), String> {
     let version: i64 = db
         .pragma_query_value(None, "user_version", |r| r.get(0))
         .map_err(text)?;
+    let change = |sql: &str| {
+        db.execute_batch(&format!("BEGIN IMMEDIATE; {sql} COMMIT;"))
+            .map_err(text)
+    };
     match version {
-        0 => db
-            .execute_batch(&format!("BEGIN IMMEDIATE; {TABLES} COMMIT;"))
-            .map_err(text),
+        0 => change(TABLES),
+        1 => change(FROM_1),
         VERSION => Ok(()),
         other => Err(format!(
             "its tables have the form {other}, which this version does not know"
@@ -68,7 +84,8 @@ fn micros(time: Option<Duration>) -> Option<i64> {
 }
 
 pub(super) fn insert(db: &Transaction<'_>, row: &Row) -> rusqlite::Result<()> {
-    let sql = "INSERT OR REPLACE INTO activity VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+    let sql = "INSERT OR REPLACE INTO activity VALUES \
+        (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
     db.prepare_cached(sql)?.execute(params![
         whole(row.id),
         whole(row.unix_ms),
@@ -83,6 +100,12 @@ pub(super) fn insert(db: &Transaction<'_>, row: &Row) -> rusqlite::Result<()> {
         micros(row.generating),
         micros(row.reading),
         row.error,
+        row.usage.drafted.map(whole),
+        row.usage.accepted.map(whole),
+        row.usage.prompt_speed,
+        row.usage.gen_speed,
+        row.priority,
+        row.selector.as_deref(),
     ])?;
     Ok(())
 }
@@ -130,8 +153,7 @@ fn expression(column: Column) -> &'static str {
         Column::Cached => "cached",
         Column::Prompt => "prompt",
         Column::Generated => "completion",
-        // A number would be taken for a column.
-        Column::Drafted => "NULL",
+        Column::Drafted => "drafted",
         Column::PromptSpeed => PROMPT_SPEED,
         Column::GenSpeed => GEN_SPEED,
         Column::Duration => "duration_us",
@@ -173,7 +195,7 @@ pub(super) fn find(db: &Connection, page: &Page) -> rusqlite::Result<Found> {
     );
     values.extend([page.limit, page.skipped()].map(|n| Value::from(whole(n))));
     let mut statement = db.prepare(&sql)?;
-    let rows = statement.query_map(params_from_iter(&values), |r| Ok((read(r)?, r.get(13)?)))?;
+    let rows = statement.query_map(params_from_iter(&values), |r| Ok((read(r)?, r.get(19)?)))?;
     Ok(Found {
         rows: rows.collect::<rusqlite::Result<_>>()?,
         total: u64::try_from(total).unwrap_or(0),
@@ -195,11 +217,17 @@ fn read(r: &rusqlite::Row<'_>) -> rusqlite::Result<Row> {
             prompt: number(6)?,
             completion: number(7)?,
             cached: number(8)?,
+            drafted: number(13)?,
+            accepted: number(14)?,
+            prompt_speed: r.get(15)?,
+            gen_speed: r.get(16)?,
         },
         duration: time(9)?.unwrap_or_default(),
         generating: time(10)?,
         reading: time(11)?,
         error: r.get(12)?,
+        priority: r.get(17)?,
+        selector: r.get(18)?,
     })
 }
 

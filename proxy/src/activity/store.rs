@@ -24,7 +24,7 @@ const BATCH: usize = 512;
 /// Longest wait for the last rows to be written.
 const LAST: Duration = Duration::from_secs(5);
 enum Job {
-    Row(Row),
+    Row(Box<Row>),
     /// The packed capture, and bytes that all captures may take.
     Capture(u64, Box<[u8]>, usize),
     Ask(Box<dyn FnOnce(&mut Connection) + Send>),
@@ -82,7 +82,7 @@ impl Store {
 
     /// Writes a row, some time soon.
     pub fn put(&self, row: Row) {
-        self.send(Job::Row(row));
+        self.send(Job::Row(Box::new(row)));
     }
 
     /// Writes a capture, and lets go of the oldest ones while all take more than `limit` bytes.
@@ -231,11 +231,17 @@ mod tests {
                 prompt: known(10 * (id % 11)),
                 completion: known(id % 13),
                 cached: id.is_multiple_of(4).then_some(id % 9),
+                drafted: id.is_multiple_of(5).then_some(id % 6),
+                accepted: id.is_multiple_of(5).then_some(id % 3),
+                prompt_speed: id.is_multiple_of(10).then_some(id as f64 / 7.0),
+                gen_speed: id.is_multiple_of(9).then_some(id as f64 / 3.0),
             },
             duration: Duration::from_micros(1_000 * (id * 7_919 % 1_009)),
             generating: known(1).map(|_| Duration::from_micros(1 + id % 17)),
             reading: Some(Duration::from_micros(id % 19)),
             error: id.is_multiple_of(7).then(|| "broke off".to_owned()),
+            priority: id.is_multiple_of(2).then_some(-3),
+            selector: id.is_multiple_of(11).then(|| "best".into()),
         }
     }
 
@@ -346,6 +352,36 @@ mod tests {
                 (there.requests, there.prompt, there.completion, there.cached)
             );
         }
+    }
+
+    /// A database of the form before opens with its rows.
+    #[tokio::test]
+    async fn an_older_database_is_taken_over() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let db = Connection::open(&path).unwrap();
+        db.execute_batch(
+            "CREATE TABLE activity (
+                 id INTEGER PRIMARY KEY, unix_ms INTEGER NOT NULL, model TEXT NOT NULL, path TEXT NOT NULL,
+                 content_type TEXT NOT NULL, status INTEGER NOT NULL, prompt INTEGER, completion INTEGER, cached INTEGER,
+                 duration_us INTEGER NOT NULL, generating_us INTEGER, reading_us INTEGER, error TEXT
+             ) STRICT;
+             CREATE TABLE captures (id INTEGER PRIMARY KEY, packed BLOB NOT NULL) STRICT;
+             INSERT INTO activity VALUES (4, 5, 'm', '/v1/x', '', 200, 7, 1, NULL, 100, 50, 50, NULL);
+             PRAGMA user_version = 1;",
+        )
+        .unwrap();
+        drop(db);
+        let store = Store::open(&path).unwrap();
+        assert_eq!(store.last_id, 4);
+        store.put(row(5));
+        let found = store.page(page(Column::Id, false)).await.unwrap();
+        let shown: Vec<serde_json::Value> = found.rows.iter().map(|(r, c)| r.to_json(*c)).collect();
+        assert_eq!(shown[0]["tokens"]["input_tokens"], 7);
+        assert_eq!(shown[0]["tokens"]["draft_tokens"], -1);
+        assert_eq!(shown[1], row(5).to_json(false));
+        store.close().await;
+        assert_eq!(Store::open(&path).unwrap().last_id, 5, "opened once more");
     }
 
     #[tokio::test]

@@ -4,7 +4,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use bytes::Bytes;
-use http::HeaderMap;
+use http::{Extensions, HeaderMap, StatusCode};
 use lifecycle::ModelId;
 
 use super::captures::Recording;
@@ -12,9 +12,16 @@ use super::{Activity, Change, Row, Running};
 use crate::clock::unix_ms;
 use crate::usage::Meter;
 
+/// Characters kept of an error.
+const ERROR: usize = 500;
+
 /// When a request was first sent to its model's server. As an extension of a request it is filled in on the way.
 #[derive(Clone, Debug, Default)]
 pub struct ForwardedAt(pub Arc<OnceLock<Instant>>);
+
+/// The selector that a request has asked for, as an extension of it.
+#[derive(Clone, Debug)]
+pub struct Selected(pub Box<str>);
 
 /// One request from arrival to end; its end is its drop.
 #[derive(Debug)]
@@ -33,6 +40,8 @@ pub struct Trace {
     /// Who has served it, if not the model that it was begun for.
     server: Option<ModelId>,
     recording: Option<Box<Recording>>,
+    priority: Option<i32>,
+    selector: Option<Box<str>>,
 }
 
 impl Trace {
@@ -50,6 +59,8 @@ impl Trace {
             meter: Meter::default(),
             server: None,
             recording: None,
+            priority: None,
+            selector: None,
         }
     }
 
@@ -74,6 +85,13 @@ impl Trace {
         self.server = Some(model);
     }
 
+    /// What the row says besides: the model's priority, and what the request brings along.
+    pub fn describe(&mut self, priority: Option<i32>, extensions: &Extensions) {
+        self.priority = priority;
+        self.told = extensions.get().cloned();
+        self.selector = extensions.get().map(|Selected(name)| name.clone());
+    }
+
     /// It is being sent to the model's server.
     pub fn forwarded(&mut self) {
         let now = Instant::now();
@@ -81,11 +99,6 @@ impl Trace {
         if let Some(told) = &self.told {
             let _ = told.0.set(now);
         }
-    }
-
-    /// Somebody wants to know when it was first forwarded.
-    pub fn tell_forwarded(&mut self, told: Option<ForwardedAt>) {
-        self.told = told;
     }
 
     /// The reply's head is there.
@@ -120,7 +133,18 @@ impl Trace {
     pub fn failed(&mut self, status: u16, message: &str) {
         self.status = Some(status);
         self.complete = true;
-        self.error = Some(message.chars().take(500).collect());
+        self.error = Some(message.chars().take(ERROR).collect());
+    }
+
+    /// What the model's server says to a request that it has refused.
+    fn refused(&self, status: u16) -> String {
+        let reason = || {
+            let known = StatusCode::from_u16(status).ok();
+            let reason = known.and_then(|s| s.canonical_reason());
+            reason.map_or_else(|| status.to_string(), str::to_owned)
+        };
+        let said = self.meter.error_text().map(|t| t.chars().take(ERROR).collect());
+        said.unwrap_or_else(reason)
     }
 }
 
@@ -140,6 +164,9 @@ impl Drop for Trace {
             };
             self.error.get_or_insert_with(|| why.to_owned());
         }
+        if self.error.is_none() && status >= 300 {
+            self.error = Some(self.refused(status));
+        }
         let usage = self.meter.usage();
         let since = |at: Option<Instant>, from: Instant| at.map(|at| at.duration_since(from));
         let mut inner = self.activity.inner.lock();
@@ -157,6 +184,8 @@ impl Drop for Trace {
             generating: self.first_byte.map(|at| now - at),
             reading: self.forwarded.and_then(|from| since(self.first_byte, from)),
             error: self.error.take(),
+            priority: self.priority,
+            selector: self.selector.take(),
         };
         let counters = inner.counters.entry(row.model.clone()).or_default();
         *counters.requests.entry(status).or_default() += 1;

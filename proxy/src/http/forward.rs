@@ -22,7 +22,7 @@ use super::extract::{self, Place};
 use super::headers::{self, ACCEL_BUFFERING, drop_headers, tidy_request};
 use super::pending::{self, SILENCE, Shown, Work};
 use super::{peer, routes, websocket};
-use crate::activity::Trace;
+use crate::activity::{Selected, Trace};
 use crate::catalog::Catalog;
 use crate::house::{Lease, Ordered};
 use crate::rewrite::Rewrite;
@@ -121,6 +121,9 @@ pub(super) async fn named(
     }
     // Tokens are counted from the reply as it passes, and events may be put into it: it has to come as it is.
     parts.headers.remove(header::ACCEPT_ENCODING);
+    if let Some(selector) = &choice.selector {
+        parts.extensions.insert(Selected(selector.as_str().into()));
+    }
     let streams = matches!(place, Place::Json { stream: true });
     let model = match &choice.to {
         Destination::Model(model) => model,
@@ -354,7 +357,7 @@ async fn serve(
         asked,
         headers::shown(client.ip()).into_owned(),
     );
-    trace.tell_forwarded(parts.extensions.get().cloned());
+    trace.describe(catalog.model(model).map(|m| m.priority), &parts.extensions);
     trace.record(&parts.headers, &body);
     let mut request = Request::new(body);
     *request.method_mut() = parts.method;

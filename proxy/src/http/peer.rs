@@ -95,7 +95,7 @@ pub(super) async fn serve(
         ask.parts.uri.path().to_owned(),
         client.ip().to_string(),
     );
-    trace.tell_forwarded(ask.parts.extensions.get().cloned());
+    trace.describe(None, &ask.parts.extensions);
     trace.record(&ask.parts.headers, &ask.body);
     let dialect = match ask.place {
         Some(Place::Json { stream: true }) => Dialect::of(ask.path.path()),
