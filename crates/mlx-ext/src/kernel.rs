@@ -5,8 +5,9 @@
 //!
 //! Two things to know about order. MLX orders operations by the buffers that they take and give. A kernel that writes to
 //! an *input* (a cache that is appended to in place) does so unseen: whoever is to find it written has to take an output of
-//! that kernel too, directly or by way of other operations. And a buffer read in one evaluation and overwritten so in a
-//! later one is safe, since evaluations of one stream follow one another.
+//! that kernel too, directly or by way of other operations, and whoever writes there after it as well. On CUDA a later
+//! evaluation on the same stream comes after it in any case. On Metal it may overlap where MLX sees no buffer in common:
+//! wait for the kernel's outputs first.
 
 use crate::error;
 use mlx_rs::error::{Exception, Result};
