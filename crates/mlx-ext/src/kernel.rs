@@ -201,43 +201,37 @@ enum Config {
 impl Config {
     fn new(handle: &Handle, launch: &Launch) -> Result<Self> {
         let ([x, y, z], [a, b, c]) = (launch.grid, launch.group);
+        // The two kinds have functions of the same shapes under different names.
+        macro_rules! configured {
+            ($kind:ident, $new:ident, $set_grid:ident, $set_group:ident, $add_output:ident) => {{
+                let raw = mlx_sys::$new();
+                // Its owner from here on, whatever fails.
+                let config = Self::$kind(raw);
+                error::check(|| mlx_sys::$set_grid(raw, x, y, z))?;
+                error::check(|| mlx_sys::$set_group(raw, a, b, c))?;
+                for (shape, dtype) in &launch.outputs {
+                    error::check(|| mlx_sys::$add_output(raw, shape.as_ptr(), shape.len(), (*dtype).into()))?;
+                }
+                Ok(config)
+            }};
+        }
         // SAFETY: the configuration is made here and owned by `config`; shapes are alive for each call.
         unsafe {
             match handle {
-                Handle::Cuda(_) => {
-                    let raw = mlx_sys::mlx_fast_cuda_kernel_config_new();
-                    let config = Self::Cuda(raw);
-                    error::check(|| mlx_sys::mlx_fast_cuda_kernel_config_set_grid(raw, x, y, z))?;
-                    error::check(|| mlx_sys::mlx_fast_cuda_kernel_config_set_thread_group(raw, a, b, c))?;
-                    for (shape, dtype) in &launch.outputs {
-                        error::check(|| {
-                            mlx_sys::mlx_fast_cuda_kernel_config_add_output_arg(
-                                raw,
-                                shape.as_ptr(),
-                                shape.len(),
-                                (*dtype).into(),
-                            )
-                        })?;
-                    }
-                    Ok(config)
-                }
-                Handle::Metal(_) => {
-                    let raw = mlx_sys::mlx_fast_metal_kernel_config_new();
-                    let config = Self::Metal(raw);
-                    error::check(|| mlx_sys::mlx_fast_metal_kernel_config_set_grid(raw, x, y, z))?;
-                    error::check(|| mlx_sys::mlx_fast_metal_kernel_config_set_thread_group(raw, a, b, c))?;
-                    for (shape, dtype) in &launch.outputs {
-                        error::check(|| {
-                            mlx_sys::mlx_fast_metal_kernel_config_add_output_arg(
-                                raw,
-                                shape.as_ptr(),
-                                shape.len(),
-                                (*dtype).into(),
-                            )
-                        })?;
-                    }
-                    Ok(config)
-                }
+                Handle::Cuda(_) => configured!(
+                    Cuda,
+                    mlx_fast_cuda_kernel_config_new,
+                    mlx_fast_cuda_kernel_config_set_grid,
+                    mlx_fast_cuda_kernel_config_set_thread_group,
+                    mlx_fast_cuda_kernel_config_add_output_arg
+                ),
+                Handle::Metal(_) => configured!(
+                    Metal,
+                    mlx_fast_metal_kernel_config_new,
+                    mlx_fast_metal_kernel_config_set_grid,
+                    mlx_fast_metal_kernel_config_set_thread_group,
+                    mlx_fast_metal_kernel_config_add_output_arg
+                ),
             }
         }
     }
