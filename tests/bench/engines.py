@@ -16,7 +16,7 @@ import tempfile
 import models
 import servers
 
-WORKER = "mlxworker"
+WORKER, BARE = "mlxworker", "bare loop"
 # Beside the rates while all streams are being written: see `full_tokens_per_second` of mlx-bench.
 PROMPT, TOKENS, LONG_PROMPT = 32, 192, 500
 # Speed that this project wants, as ratios to mlx_lm.server by number of streams.
@@ -46,27 +46,30 @@ class Bench:
         return json.loads(done.stdout)
 
     def bare(self, model, streams):
-        """Tokens per second of the bare loop in a process of its own."""
-        command = [self.worker, "bench", model, "--streams", streams, "--prompt-tokens", PROMPT, "--tokens", TOKENS]
+        """Tokens per second of the bare loop in a process of its own: one round, as a server gets one, not the best of several."""
+        command = [self.worker, "bench", model, "--streams", streams, "--prompt-tokens", PROMPT, "--tokens", TOKENS, "--rounds", 1]
         done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=self.log, text=True, check=True)
         return json.loads(done.stdout.strip().splitlines()[-1])["tokens_per_second"]
 
     def decode(self, ports, model, streams):
-        """Rounds at a number of streams, each with a bare loop beside it."""
-        reports, bare = [], []
-        for _ in range(self.options.rounds):
-            bare.append(self.bare(model, streams))
-            # Twice as many requests as streams: no stream waits long for the last one.
-            print(f"{streams} streams: bare loop {bare[-1]:.0f} tokens/s", file=sys.stderr)
-            reports.append(self.run(ports, "--streams", streams, "--requests", 2 * streams, "--rounds", 1, "--warmup", streams,
-                                    "--prompt-tokens", PROMPT, "--tokens", TOKENS))
+        """Rounds at a number of streams, each with a bare loop among the servers."""
+        found, bare = {name: [] for name in ports}, []
+        for order in orders([BARE, *ports], self.options.rounds):
+            for name in order:
+                if name == BARE:
+                    bare.append(self.bare(model, streams))
+                    print(f"{streams} streams: bare loop {bare[-1]:.0f} tokens/s", file=sys.stderr)
+                    continue
+                # Twice as many requests as streams: no stream waits long for the last one.
+                report = self.run({name: ports[name]}, "--streams", streams, "--requests", 2 * streams, "--rounds", 1,
+                                  "--warmup", streams, "--prompt-tokens", PROMPT, "--tokens", TOKENS)
+                found[name] += report["endpoints"]
         rows = {}
-        for at, name in enumerate(ports):
-            found = [report["endpoints"][at] for report in reports]
+        for name, rounds in found.items():
             rows[name] = dict(
-                full=[f["full_tokens_per_second"]["median"] for f in found],
-                whole=[f["tokens_per_second"]["median"] for f in found],
-                tokens=[f["completion_tokens"]["mean"] for f in found])
+                full=[f["full_tokens_per_second"]["median"] for f in rounds],
+                whole=[f["tokens_per_second"]["median"] for f in rounds],
+                tokens=[f["completion_tokens"]["mean"] for f in rounds])
         return dict(streams=streams, rows=rows, bare=bare)
 
     def first_token(self, ports):
@@ -79,6 +82,13 @@ class Bench:
             rows[found["name"]] = dict(cold=cold, again=again, share=[b / a for a, b in zip(cold, again)],
                                        tokens=found["prompt_tokens"]["mean"])
         return rows
+
+
+def orders(names, rounds):
+    """The names' order in each round: it rotates, and every other round runs backwards, so that nobody has one place or
+    one neighbour before it for good."""
+    turned = (names[at % len(names):] + names[:at % len(names)] for at in range(rounds))
+    return [order[::-1] if at % 2 else order for at, order in enumerate(turned)]
 
 
 def spread(values, digits=0):

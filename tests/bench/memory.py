@@ -1,10 +1,10 @@
 """Random traffic at one mlxworker: does its memory stay flat?
 
 Clients ask for prompts and replies of all lengths, with shared beginnings, as conversations, with and without a
-stream, with all kinds of sampling; one in four goes away in the middle. Meanwhile the worker's resident memory (from
-the system) and MLX' active and cached bytes (from /status) are noted. Flat means: after the warm-up, the middle of
-the last third is no higher than that of the first third by more than the tolerance. Exit code 1 otherwise, or when a
-request failed that should not.
+stream, with all kinds of sampling; one in four goes away in the middle. Meanwhile the worker's resident memory and the
+number of its mappings (from the system; large buffers are such) and MLX' active and cached bytes (from /status) are
+noted. Flat means: after the warm-up, the middle of the last third is no higher than that of the first third by more
+than the tolerance. Exit code 1 otherwise, or when a request failed that should not.
 """
 import argparse
 import http.client
@@ -22,6 +22,8 @@ import servers
 
 WORDS = "the time water people day house work place year hand part world life name side line light point city".split()
 ROWS = ["rss", "active", "cache"]
+# Buffers that nobody frees, one in a thousand steps, would be more.
+MAPPINGS_TOLERANCE = 64
 MIB = 1 << 20
 
 
@@ -114,6 +116,12 @@ def resident(pid):
     raise RuntimeError("the worker has no memory")
 
 
+def mappings(pid):
+    """How many there are: those of programs and threads, which stay, and of buffers that malloc maps one by one."""
+    with open(f"/proc/{pid}/maps") as maps:
+        return sum(1 for _ in maps)
+
+
 def sample(port, pid):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
     try:
@@ -122,7 +130,7 @@ def sample(port, pid):
     finally:
         connection.close()
     memory = status["memory"]
-    return dict(rss=resident(pid), active=memory["active_bytes"], cache=memory["buffer_cache_bytes"],
+    return dict(rss=resident(pid), mappings=mappings(pid), active=memory["active_bytes"], cache=memory["buffer_cache_bytes"],
                 kv=memory["kv_used_bytes"], running=status["requests"]["running"], waiting=status["requests"]["waiting"])
 
 
@@ -130,10 +138,11 @@ def judge(samples, tolerance):
     """For each row: middle of the first and the last third, highest, and whether it is flat."""
     third = max(len(samples) // 3, 1)
     verdicts = {}
-    for row in ROWS:
+    for row in [*ROWS, "mappings"]:
+        allowed = MAPPINGS_TOLERANCE if row == "mappings" else tolerance
         values = [s[row] for s in samples]
         first, last = statistics.median(values[:third]), statistics.median(values[-third:])
-        verdicts[row] = dict(first=first, last=last, highest=max(values), flat=last - first <= tolerance)
+        verdicts[row] = dict(first=first, last=last, highest=max(values), flat=last - first <= allowed)
     return verdicts
 
 
@@ -163,14 +172,14 @@ def main():
             try:
                 began = time.monotonic()
                 seconds = options.minutes * 60
-                print("   time s   rss MiB  active MiB  cache MiB  kv MiB  running  waiting  finished  cancelled")
+                print("   time s   rss MiB  active MiB  cache MiB  kv MiB  mappings  running  waiting  finished  cancelled")
                 for at in range(61):
                     # Sixty equal parts.
                     traffic.ended.wait(max(0.0, began + seconds * at / 60 - time.monotonic()))
                     now = sample(port, child.pid)
                     samples.append(now)
                     rss, active, cache, kv = (now[key] / MIB for key in ("rss", "active", "cache", "kv"))
-                    print(f"{time.monotonic() - began:9.0f} {rss:9.1f} {active:11.1f} {cache:10.1f} {kv:7.1f} {now['running']:8} "
+                    print(f"{time.monotonic() - began:9.0f} {rss:9.1f} {active:11.1f} {cache:10.1f} {kv:7.1f} {now['mappings']:9} {now['running']:8} "
                           f"{now['waiting']:8} {traffic.counts['finished']:9} {traffic.counts['cancelled']:10}", flush=True)
             finally:
                 traffic.ended.set()
@@ -181,8 +190,9 @@ def main():
     verdicts = judge(counted, options.tolerance_mib * MIB)
     print(f"\n{traffic.counts}, {len(traffic.failures)} failed")
     for row, v in verdicts.items():
-        print(f"{row:7} first third {v['first'] / MIB:8.1f} MiB, last third {v['last'] / MIB:8.1f} MiB, highest "
-              f"{v['highest'] / MIB:8.1f} MiB: {'flat' if v['flat'] else 'GROWS'}")
+        unit, size = ("", 1) if row == "mappings" else (" MiB", MIB)
+        print(f"{row:8} first third {v['first'] / size:8.1f}{unit}, last third {v['last'] / size:8.1f}{unit}, highest "
+              f"{v['highest'] / size:8.1f}{unit}: {'flat' if v['flat'] else 'GROWS'}")
     for failure in traffic.failures[:5]:
         print(f"failed: {failure}")
     fine = all(v["flat"] for v in verdicts.values()) and not traffic.failures and ended is None
