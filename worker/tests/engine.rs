@@ -224,7 +224,7 @@ async fn replies_in_a_crowded_cache_are_those_given_alone() {
             all_of_it.push(tokens(&all(generation).await));
         }
         replies.push(all_of_it);
-        cached.push(engine.stats().cached_tokens);
+        cached.push(engine.stats().cache.cached_tokens);
     }
     assert!(cached[0] == 0 && cached[1] > 100, "{cached:?}");
     for (n, (alone, crowded)) in replies[0].iter().zip(&replies[1]).enumerate() {

@@ -85,7 +85,7 @@ async fn next(generation: &mut Generation) -> Option<GenerationEvent> {
 async fn first_token(generation: &mut Generation) -> u32 {
     loop {
         match next(generation).await.expect("an event") {
-            GenerationEvent::Started { .. } => {}
+            GenerationEvent::Started { .. } | GenerationEvent::Reused { .. } => {}
             GenerationEvent::Token { id, .. } => return id,
             other => panic!("{other:?}"),
         }
@@ -97,7 +97,9 @@ async fn rest(mut generation: Generation) -> Reply {
     let mut reply = Reply::default();
     while let Some(event) = next(&mut generation).await {
         match event {
-            GenerationEvent::Started { cached_tokens, .. } => reply.cached = cached_tokens,
+            GenerationEvent::Started { cached_tokens, .. } | GenerationEvent::Reused { cached_tokens } => {
+                reply.cached = cached_tokens;
+            }
             GenerationEvent::Token { id, .. } => reply.tokens.push(id),
             GenerationEvent::Finished { reason, usage } => reply.end = Some((reason, usage)),
             GenerationEvent::Failed(error) => panic!("{error}"),
@@ -256,37 +258,148 @@ async fn the_same_blocks_in_another_order_are_another_prompt() {
 /// The same prompt again is computed from its last block on, and answers the same, ten times sooner.
 #[tokio::test]
 async fn an_exact_repeat_computes_next_to_nothing() {
+    // A busy machine holds any try up, so that the best of each kind counts; they are tried until these are far enough
+    // apart.
+    const TRIES: usize = 8;
+    const TOKENS: usize = 1500;
     let engine = engine(|_| {}).await;
-    let request = greedy(words(3, 600), 8);
-    let mut times = Vec::new();
-    let mut replies = Vec::new();
-    for _ in 0..3 {
-        let before = engine.stats().prefill_tokens;
-        let sent = Instant::now();
-        let mut generation = engine.submit(request.clone()).unwrap();
-        let Some(GenerationEvent::Started { cached_tokens, .. }) = next(&mut generation).await else {
-            panic!("no start")
-        };
-        let mut reply = vec![first_token(&mut generation).await];
-        times.push(sent.elapsed());
-        reply.extend(rest(generation).await.tokens);
-        replies.push(reply);
-        let computed = engine.stats().prefill_tokens - before;
-        assert_eq!(computed, 600 - cached_tokens as u64);
-        if times.len() == 1 {
-            assert_eq!(cached_tokens, 0);
-        } else {
-            // All but the last token, or whole blocks of that.
-            assert!(
-                [599, 599 / BLOCK * BLOCK].contains(&cached_tokens),
-                "{cached_tokens}"
-            );
+    let mut best = [Duration::MAX; 2];
+    for seed in 0..TRIES {
+        let request = greedy(words(seed, TOKENS), 8);
+        let mut replies = Vec::new();
+        for best in &mut best {
+            let before = engine.stats().prefill_tokens;
+            let sent = Instant::now();
+            let mut generation = engine.submit(request.clone()).unwrap();
+            let Some(GenerationEvent::Started { cached_tokens, .. }) = next(&mut generation).await else {
+                panic!("no start")
+            };
+            let mut reply = vec![first_token(&mut generation).await];
+            *best = sent.elapsed().min(*best);
+            reply.extend(rest(generation).await.tokens);
+            let computed = engine.stats().prefill_tokens - before;
+            assert_eq!(computed, (TOKENS - cached_tokens) as u64);
+            if replies.is_empty() {
+                // Prompts of other words may begin alike by chance.
+                assert!(cached_tokens < BLOCK, "{cached_tokens}");
+            } else {
+                // All but the last token, or whole blocks of that.
+                assert!(
+                    [TOKENS - 1, (TOKENS - 1) / BLOCK * BLOCK].contains(&cached_tokens),
+                    "{cached_tokens}"
+                );
+            }
+            replies.push(reply);
+        }
+        assert_eq!(replies[0], replies[1]);
+        if best[1] * 10 <= best[0] {
+            return;
         }
     }
-    assert_eq!((&replies[1], &replies[2]), (&replies[0], &replies[0]));
-    // The better of two: a busy machine may hold one of them up.
-    let again = times[1].min(times[2]);
-    assert!(again * 10 <= times[0], "{times:?}");
+    panic!("in {TRIES} tries: {best:?}");
+}
+
+/// Two who bring the same prompt at once: it is computed once, by turns, and each one's usage says what the other did.
+#[tokio::test]
+async fn what_another_computes_meanwhile_is_cached_too() {
+    const TOKENS: u64 = 1500;
+    let engine = engine(|_| {}).await;
+    let prompt = words(3, TOKENS as usize);
+    let [one, other] = [(); 2].map(|()| engine.submit(greedy(prompt.clone(), 4)).unwrap());
+    let (one, other) = tokio::join!(rest(one), rest(other));
+    assert_eq!(one.tokens, other.tokens);
+    let told = [one, other].map(|reply| {
+        let usage = reply.end.unwrap().1;
+        assert_eq!(reply.cached, usage.cached_tokens, "known before the end");
+        usage.cached_tokens as u64
+    });
+    assert!(told[0] > 0 && told[1] > 0, "{told:?}");
+    let cached = told[0] + told[1];
+    assert!(
+        cached <= TOKENS && cached + BLOCK as u64 >= TOKENS,
+        "all but the last of one: {told:?}"
+    );
+    let stats = engine.stats();
+    assert_eq!(stats.prefill_tokens, 2 * TOKENS - cached);
+    let cache = stats.cache;
+    assert_eq!((cache.requests, cache.hits), (2, 2));
+    assert_eq!((cache.prompt_tokens, cache.cached_tokens), (2 * TOKENS, cached));
+    // Each step of decoding is counted under the path that `/status` names.
+    let kernels = engine.info().limits["decoding"]["path"] == "kernels";
+    let (on, off) = if kernels {
+        (stats.kernel_decodes, stats.reference_decodes)
+    } else {
+        (stats.reference_decodes, stats.kernel_decodes)
+    };
+    assert!(on >= 3 && off == 0, "{stats:?}");
+}
+
+/// Replies outgrow the pool: the younger ones lose their places, are computed again, and say what they would have said
+/// alone, with their seeds and with penalties for what they had said before.
+#[tokio::test]
+async fn a_pool_that_runs_dry_changes_no_reply() {
+    const BLOCK: usize = 16;
+    let season = |change: fn(&mut SamplingParams), seed: usize| {
+        let mut request = greedy(words(seed, 30), 100);
+        change(&mut request.sampling);
+        request
+    };
+    let requests = [
+        season(|_| {}, 1),
+        season(
+            |s| {
+                s.temperature = 1.2;
+                s.seed = Some(11);
+            },
+            2,
+        ),
+        season(
+            |s| {
+                s.temperature = 0.9;
+                s.seed = Some(12);
+                s.frequency_penalty = 0.8;
+                s.presence_penalty = 0.5;
+            },
+            5,
+        ),
+        season(|s| s.repetition_penalty = 1.6, 6),
+    ];
+    let solo = engine(|c| {
+        c.prefix_cache = false;
+        c.max_running = 1;
+    })
+    .await;
+    let mut alone = Vec::new();
+    for request in &requests {
+        alone.push(tokens(&solo, request.clone()).await);
+    }
+    drop(solo);
+    for prefix_cache in [true, false] {
+        let engine = engine(|c| {
+            c.prefix_cache = prefix_cache;
+            c.block_size = BLOCK;
+            // Prompts take 8 of the blocks, whole replies would take 36.
+            c.max_blocks = Some(20);
+            c.generation_share = 1;
+        })
+        .await;
+        let asked: Vec<Generation> = requests
+            .iter()
+            .map(|r| engine.submit(r.clone()).unwrap())
+            .collect();
+        for (at, (generation, alone)) in asked.into_iter().zip(&alone).enumerate() {
+            let reply = rest(generation).await;
+            assert_eq!(reply.tokens, *alone, "request {at}");
+            assert_eq!(
+                reply.end.unwrap().1.cached_tokens,
+                0,
+                "its own tokens are no gift"
+            );
+        }
+        let stats = engine.stats();
+        assert!(stats.preempted > 0, "{stats:?}");
+        assert_eq!((stats.cache.requests, stats.cache.cached_tokens), (4, 0));
+    }
 }
 
 /// Sixteen people talk at the same time, in a cache with room for all and in one with room for half of them; each
@@ -411,7 +524,35 @@ async fn going_away_frees_the_place_within_a_step() {
     assert!(computed <= 2 * 64, "{computed} tokens");
 }
 
-/// Neither the model's positions nor the cache can be exceeded.
+/// What the cache has no room for is refused with the numbers, and a reply that would outgrow it ends there.
+#[tokio::test]
+async fn the_cache_is_kept() {
+    let engine = engine(|c| c.max_blocks = Some(8)).await;
+    let tokens = 8 * BLOCK;
+    assert!(engine.info().context_length > tokens);
+    assert_eq!(
+        (engine.info().kv_capacity_tokens, engine.info().most_tokens()),
+        (tokens, tokens)
+    );
+    for length in [tokens, tokens + 1, 2000] {
+        let refused = engine.submit(greedy(vec![300; length], 1)).unwrap_err();
+        let SubmitError::NeverFits(message) = &refused else {
+            panic!("{refused:?}")
+        };
+        for part in [
+            format!("has {length} tokens"),
+            format!("holds {tokens} tokens"),
+            "--cache-memory-mb".to_owned(),
+        ] {
+            assert!(message.contains(&part), "{part} is not in {message}");
+        }
+    }
+    let reply = ask(&engine, greedy(words(7, tokens - 6), 100)).await;
+    let (reason, usage) = reply.end.unwrap();
+    assert_eq!((reason, usage.completion_tokens), (FinishReason::Length, 6));
+}
+
+/// The model's positions cannot be exceeded.
 #[tokio::test]
 async fn the_context_length_is_kept() {
     let engine = engine(|c| c.context_length = Some(256)).await;

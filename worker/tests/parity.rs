@@ -172,7 +172,7 @@ async fn tokens(engine: &Engine, request: GenerateRequest) -> Vec<u32> {
     let mut found = Vec::new();
     loop {
         match generation.events.recv().await.expect("an end") {
-            GenerationEvent::Started { .. } => {}
+            GenerationEvent::Started { .. } | GenerationEvent::Reused { .. } => {}
             GenerationEvent::Token { id, .. } => found.push(id),
             GenerationEvent::Finished { reason, usage } => {
                 assert_eq!(reason, FinishReason::Length);

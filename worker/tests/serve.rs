@@ -273,6 +273,28 @@ fn the_plan_and_the_process_are_shown() {
     assert_eq!(process["looks_over_plan"], 0);
 }
 
+/// A KV cache smaller than the context: replies are clamped aloud, prompts refused with the numbers, and the models' list
+/// promises no more.
+#[test]
+fn what_the_cache_has_no_room_for_is_said() {
+    let mut worker = Worker::supervised(&demo(), &["--max-cache-blocks", "4", "--block-size", "32"]);
+    let (port, _) = worker.ready();
+    let (status, text) = ask(port, "/v1/models", &Value::Null);
+    assert!(status == 200 && text.contains("\"max_model_len\":128"), "{text}");
+    let mut body = chat(1000);
+    body["stream"] = false.into();
+    let (status, text) = ask(port, "/v1/chat/completions", &body);
+    assert_eq!(status, 200, "{text}");
+    let header = "x-max-tokens-clamped: asked=1000, allowed=";
+    assert!(text.to_ascii_lowercase().contains(header), "{text}");
+    body["messages"] = json!([{"role": "user", "content": "word ".repeat(300)}]);
+    let (status, text) = ask(port, "/v1/chat/completions", &body);
+    assert_eq!(status, 400, "{text}");
+    for part in ["never_fits", "holds 128 tokens", "--cache-memory-mb"] {
+        assert!(text.contains(part), "{part} is not in {text}");
+    }
+}
+
 /// What is computed at start is cached for the first request.
 #[test]
 fn warm_prompts_are_known_to_the_prefix_cache() {

@@ -144,8 +144,9 @@ knob_table! {
         group: Group::Server, kind: Kind::Str, secret: true,
         reason: "on loopback behind swapd, keys are checked by swapd",
     }
-    /// Longest silence while a request runs, before it is ended with an error. A total limit for nothing: a reply
-    /// that keeps coming is never cut.
+    /// Longest silence while a request runs, before it is ended with an error; but only where the engine has not stepped
+    /// for as long either: a long prompt is silent while it is computed. A total limit for nothing: a reply that keeps
+    /// coming is never cut.
     timeout: f64 = "timeout" {
         group: Group::Server, kind: SECONDS, default: Fixed::Float(300.0), unit: "s",
         reason: "a total limit of 300 s cut long replies in mid-generation; silence is what shows a hang",
@@ -284,8 +285,9 @@ knob_table! {
         reason: "512 tokens at a context of 32,768: about a second of attention on a large Mac with a 30B model; macOS ends \
                  a GPU command that takes several",
     }
-    /// Longest time that one step may take while requests run; 0 waits for ever. Past it every client is told, and the
-    /// process ends with an error, so that swapd starts another.
+    /// Longest time that one step may take; 0 waits for ever. Past it every client is told, and the process ends with an
+    /// error, so that swapd starts another. Loading with warm-up, and warm prompts, have an hour each, or ten times this
+    /// where that is more.
     watchdog_seconds: f64 = "watchdog-seconds" {
         group: Group::Scheduling, kind: Kind::Float { min: 0.0, max: 1_000_000.0 }, default: Fixed::Float(120.0),
         unit: "s",
@@ -334,13 +336,15 @@ knob_table! {
         reason: "mapped weights stay clean file pages: they load at once, and memory pressure drops instead of swaps \
                  them",
     }
-    /// Freed buffers that MLX keeps for reuse; 0 keeps none.
+    /// Freed buffers that MLX keeps for reuse, at most; 0 keeps none. No more than four times what the largest step takes
+    /// (but 64 MiB in any case), and no more than the other parts leave under the ceiling.
     mlx_cache_limit_mb: u64 = "mlx-cache-limit-mb" {
         group: Group::Memory, kind: COUNT0, default: Fixed::Int(2048), unit: "MiB",
         reason: "MLX's own default is as large as the GPU's whole working set: kept buffers look like use and push the \
                  machine into swap; none at all costs speed",
     }
-    /// Memory reserved for the KV cache. Unset: the smaller of 8 GiB and 1/16 of memory.
+    /// Memory reserved for the KV cache. Unset: the smallest of 8 GiB, 1/16 of memory, and four whole contexts for each
+    /// sequence that may run.
     cache_memory_mb: Option<u64> = "cache-memory-mb" {
         group: Group::Memory, kind: Kind::Int { min: 16, max: 1_048_576 }, unit: "MiB",
         reason: "32 GiB drove a 128 GB machine into 24 GB of swap and one token a second; 8 GiB did not",

@@ -65,15 +65,18 @@ pub struct CacheConfig {
     pub snapshot_bytes: u64,
 }
 
+/// New tokens promised to a sequence at its admission, unless told otherwise: most replies are no longer.
+pub const GENERATION_SHARE: usize = 512;
+
 impl CacheConfig {
-    /// A cache of as many blocks as fit into `pool_bytes`, with 512 promised new tokens, prefix reuse, and no snapshots.
+    /// A cache of as many blocks as fit into `pool_bytes`, with [`GENERATION_SHARE`], prefix reuse, and no snapshots.
     pub fn for_pool(pool_bytes: u64, bytes_per_token: u64, block_size: usize) -> Self {
         let block_bytes = bytes_per_token.saturating_mul(block_size as u64).max(1);
         Self {
             total_blocks: usize::try_from(pool_bytes / block_bytes).unwrap_or(usize::MAX),
             block_size,
             bytes_per_token,
-            generation_share: 512,
+            generation_share: GENERATION_SHARE,
             prefix_cache: true,
             min_tail: 1,
             reuse: Reuse::Positions,

@@ -96,7 +96,7 @@ mod usage;
 
 pub use cache::KvCache;
 pub use compact::copy_runs;
-pub use config::{CacheConfig, ConfigError, KvShape, Reuse};
+pub use config::{CacheConfig, ConfigError, GENERATION_SHARE, KvShape, Reuse};
 pub use lookup::Divergence;
 pub use placement::runs;
 pub use types::{

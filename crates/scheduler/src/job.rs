@@ -22,8 +22,10 @@ pub(crate) struct Job {
     pub(crate) started: bool,
     /// The first part of its prompt was planned.
     pub(crate) reported: bool,
-    /// Tokens of its prompt that were not computed by itself, the last time it was admitted.
+    /// Tokens of its prompt that it did not compute itself.
     pub(crate) cached: usize,
+    /// Positions that it has had, before preemptions too.
+    pub(crate) reached: usize,
 }
 
 /// A job that holds blocks.
@@ -60,7 +62,21 @@ impl Job {
             started: false,
             reported: false,
             cached: 0,
+            reached: 0,
         }
+    }
+
+    /// The positions up to `end` are cached; gives how many of the prompt's it has not had before.
+    pub(crate) fn note_cached(&mut self, end: usize) -> usize {
+        let new = end.min(self.prompt).saturating_sub(self.reached);
+        self.cached += new;
+        self.reached = self.reached.max(end);
+        new
+    }
+
+    /// Tokens of its prompt.
+    pub(crate) fn prompt(&self) -> usize {
+        self.prompt
     }
 
     /// Draws that were read.

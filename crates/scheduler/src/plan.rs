@@ -124,8 +124,11 @@ impl Scheduler {
                     plan.copies.extend(admitted.copies);
                     let moved = self.cache.compact(id, most_moved);
                     plan.copies.extend(moved.unwrap_or_default());
-                    job.started = true;
-                    job.cached = admitted.cached_tokens;
+                    if !std::mem::replace(&mut job.started, true) {
+                        self.totals.admitted += 1;
+                        self.totals.prompt_tokens += job.prompt() as u64;
+                    }
+                    self.totals.cached(job, admitted.cached_tokens);
                     job.running = Some(Running {
                         target: job.tokens.len(),
                         done: admitted.cached_tokens,

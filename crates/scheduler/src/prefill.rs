@@ -60,9 +60,10 @@ impl Scheduler {
         }
         running.done += skipped;
         running.recorded += skipped;
-        job.cached += skipped;
-
         let start = running.done;
+        self.totals.cached(job, start);
+        let Some(running) = &mut job.running else { return 0 };
+
         let rest = running.target - start;
         let len = piece(
             start,
@@ -87,6 +88,7 @@ impl Scheduler {
         self.ask_again = true;
         running.done += len;
         running.recorded += len;
+        job.reached = job.reached.max(running.done);
         let last = !running.prefilling();
         job.drawn += usize::from(last);
         plan.copies.extend(copies);

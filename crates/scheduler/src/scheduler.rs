@@ -32,8 +32,27 @@ pub struct Totals {
     pub prefill_tokens: u64,
     /// Decodes planned.
     pub decode_tokens: u64,
+    /// Requests admitted, each counted once.
+    pub admitted: u64,
+    /// Of these, how many found some of their prompt cached.
+    pub hits: u64,
+    /// Tokens of their prompts.
+    pub prompt_tokens: u64,
+    /// Of these, how many they took from the cache without having computed them before: what a preempted request finds
+    /// of its own is none of them. `cached_tokens / prompt_tokens` is the hit rate.
+    pub cached_tokens: u64,
     /// Requests that waited too long.
     pub expired: u64,
+}
+
+impl Totals {
+    /// A job goes on from `end`, with what is cached before that.
+    pub(crate) fn cached(&mut self, job: &mut Job, end: usize) {
+        let before = job.cached;
+        let new = job.note_cached(end);
+        self.hits += u64::from(before == 0 && new > 0);
+        self.cached_tokens += new as u64;
+    }
 }
 
 impl Scheduler {
@@ -188,8 +207,9 @@ impl Scheduler {
         self.cache.table(id).unwrap_or(&[])
     }
 
-    /// Tokens of its prompt that a sequence did not compute itself, the last time it was admitted: more than its
-    /// [first part](crate::Prefill::first) said, if others have computed some since. 0 if it is unknown.
+    /// Tokens of its prompt that a sequence did not compute itself: more than its [first part](crate::Prefill::first)
+    /// said, if others have computed some since. What it had computed before it was preempted does not count. 0 if it
+    /// is unknown.
     pub fn cached_tokens(&self, id: SeqId) -> usize {
         self.jobs.get(&id).map_or(0, |job| job.cached)
     }

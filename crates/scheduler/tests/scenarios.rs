@@ -220,6 +220,9 @@ fn users_of_one_system_prompt_who_come_at_once_compute_it_once() {
     }
     assert_eq!(computed, 512 + 3 * 40);
     assert_eq!([1, 2].map(|id| scheduler.cached_tokens(SeqId(id))), [512; 2]);
+    let totals = scheduler.totals();
+    assert_eq!((totals.admitted, totals.hits), (3, 2));
+    assert_eq!((totals.prompt_tokens, totals.cached_tokens), (3 * 552, 2 * 512));
 }
 
 #[test]
@@ -393,6 +396,11 @@ fn a_preempted_sequence_goes_on_after_its_last_draw() {
     assert_eq!(drawn, [40, 40]);
     assert_eq!(scheduler.counters().preempted, 1);
     assert!(scheduler.is_idle() && seen.is_none());
+    // It found some of what it had computed itself, which is no gift of the cache's.
+    assert!(scheduler.counters().cached_tokens > 0);
+    let totals = scheduler.totals();
+    assert_eq!((totals.admitted, totals.prompt_tokens), (2, 62));
+    assert_eq!((totals.hits, totals.cached_tokens), (0, 0));
 }
 
 #[test]

@@ -107,11 +107,11 @@ pub struct Generation {
 #[must_use]
 pub fn event_capacity(max_tokens: usize) -> usize {
     max_tokens
-        .saturating_add(2)
+        .saturating_add(3)
         .min(tokio::sync::Semaphore::MAX_PERMITS)
 }
 
-/// What happened to a request: at most one `Started`, the tokens, one `Finished` or `Failed`.
+/// What happened to a request: at most one `Started`, at most one `Reused`, the tokens, one `Finished` or `Failed`.
 #[derive(Debug, Clone, PartialEq)]
 pub enum GenerationEvent {
     /// The request has left the queue and its prefill begins. Comes before the first token.
@@ -122,6 +122,12 @@ pub enum GenerationEvent {
         /// Where the prompt parts from what was cached, if it was cached differently and somebody wants to know (debug
         /// logs).
         miss: Option<Box<Miss>>,
+    },
+    /// More of the prompt was cached by the time it was computed than [`Self::Started`] said: others had computed it
+    /// meanwhile. At most once, before the first token.
+    Reused {
+        /// All of the prompt's tokens whose keys and values this request did not compute.
+        cached_tokens: usize,
     },
     /// One generated token, never one of the stop tokens.
     Token {
@@ -261,6 +267,15 @@ pub struct ModelInfo {
     pub limits: serde_json::Map<String, serde_json::Value>,
 }
 
+impl ModelInfo {
+    /// Tokens of prompt and reply together that one request may have: the context length, or what the KV cache holds
+    /// where that is less.
+    #[must_use]
+    pub fn most_tokens(&self) -> usize {
+        self.context_length.min(self.kv_capacity_tokens)
+    }
+}
+
 /// Counters and gauges of the engine at one moment.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct EngineStats {
@@ -272,6 +287,8 @@ pub struct EngineStats {
     pub running: usize,
     /// Requests in the queue.
     pub waiting: usize,
+    /// It is within a step, or has one to read, whether or not a request is left that wants it.
+    pub busy: bool,
     /// Bytes of keys and values in use.
     pub kv_used_bytes: u64,
     /// Bytes that MLX has allocated.
@@ -284,8 +301,42 @@ pub struct EngineStats {
     pub prefill_tokens: u64,
     /// Tokens generated.
     pub decode_tokens: u64,
-    /// Prompt tokens taken from the prefix cache.
-    pub cached_tokens: u64,
+    /// Decode steps that ran on kernels of our own.
+    pub kernel_decodes: u64,
+    /// Decode steps that ran on the reference path.
+    pub reference_decodes: u64,
+    /// What the prefix cache was good for.
+    pub cache: CacheStats,
     /// Requests that lost their place in the KV cache to older ones, and were computed again later.
     pub preempted: u64,
+}
+
+/// The prefix cache since the start. A request counts once, however often it had to be computed again.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CacheStats {
+    /// Requests that left the queue.
+    pub requests: u64,
+    /// Of these, how many found some of their prompt cached.
+    pub hits: u64,
+    /// Tokens of their prompts.
+    pub prompt_tokens: u64,
+    /// Of these, how many were taken from the cache.
+    pub cached_tokens: u64,
+    /// Blocks evicted to make room.
+    pub evicted_blocks: u64,
+    /// Blocks copied: partly shared ones, and copies on write.
+    pub copied_blocks: u64,
+    /// Blocks moved, so that sequences are one run.
+    pub moved_blocks: u64,
+    /// Blocks that two requests had computed at once, one of which was given back.
+    pub deduplicated_blocks: u64,
+}
+
+impl CacheStats {
+    /// Share of the prompts' tokens that was not computed; `None` before the first request.
+    #[must_use]
+    pub fn hit_rate(&self) -> Option<f64> {
+        #[allow(clippy::cast_precision_loss)] // exact up to 2^53 tokens
+        (self.prompt_tokens > 0).then(|| self.cached_tokens as f64 / self.prompt_tokens as f64)
+    }
 }

@@ -20,6 +20,8 @@ use super::{
 pub enum Act {
     /// The request leaves the queue, with so many cached tokens.
     Start(usize),
+    /// So many tokens turned out to be cached.
+    Reuse(usize),
     /// A token.
     Token(u32),
     /// A token with its log-probability (its own, the others').
@@ -96,6 +98,20 @@ impl ScriptedBackend {
                 stats: Mutex::default(),
             }),
         }
+    }
+
+    /// The same with a KV cache of so many tokens.
+    #[must_use]
+    pub fn with_kv_tokens(mut self, tokens: usize) -> Self {
+        self.info.kv_capacity_tokens = tokens;
+        self
+    }
+
+    /// The same with these effective limits.
+    #[must_use]
+    pub fn with_limits(mut self, limits: serde_json::Map<String, serde_json::Value>) -> Self {
+        self.info.limits = limits;
+        self
     }
 
     /// Everything that was asked for and not refused, in order.
@@ -204,6 +220,10 @@ impl Player {
                         cached_tokens,
                         miss: None,
                     }
+                }
+                Act::Reuse(cached_tokens) => {
+                    self.usage.cached_tokens = cached_tokens;
+                    GenerationEvent::Reused { cached_tokens }
                 }
                 Act::Token(id) => self.token(id, None),
                 Act::TokenWithLogprob(id, logprob, top) => {

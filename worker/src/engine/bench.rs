@@ -246,7 +246,7 @@ pub async fn engine(config: EngineConfig, wish: Wish) -> Result<Figures, StartEr
         for generation in &mut generations {
             while let Some(event) = generation.events.recv().await {
                 match event {
-                    GenerationEvent::Started { .. } => {}
+                    GenerationEvent::Started { .. } | GenerationEvent::Reused { .. } => {}
                     GenerationEvent::Token { .. } => break,
                     other => return Err(StartError::WarmUp(format!("{other:?}"))),
                 }

@@ -37,6 +37,15 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
+    /// As it is reported.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Metal => "metal",
+            Self::Cuda => "cuda",
+            Self::Cpu => "cpu",
+        }
+    }
+
     /// What [`DeviceFacts::bytes`] is, in words.
     fn memory(self) -> &'static str {
         match self {
@@ -295,6 +304,7 @@ impl MemoryPlan {
     pub fn limits(&self) -> Map<String, Value> {
         let value = json!({
             "memory_ceiling_bytes": self.ceiling_bytes,
+            "memory_device": self.facts.device.kind.name(),
             "memory_device_bytes": self.facts.device.bytes,
             "memory_utilization": self.wishes.utilization,
             "memory_planned_bytes": self.sum(),

@@ -92,12 +92,16 @@ pub struct EngineConfig {
     pub step_budget: u64,
     /// A step that takes longer than this ends the process; zero waits for ever.
     pub watchdog: Duration,
-    /// Bytes for the KV cache; `None`: the smaller of 8 GiB and 1/16 of memory.
+    /// Bytes for the KV cache; `None`: the smallest of 8 GiB, 1/16 of memory, and four whole contexts for each sequence
+    /// that may run.
     pub kv_bytes: Option<u64>,
     /// Most blocks of the KV cache, whatever its bytes would allow.
     pub max_blocks: Option<usize>,
     /// Tokens in a block of the KV cache, a power of two.
     pub block_size: usize,
+    /// Tokens of a reply for which a request has to find room before it leaves the queue; past them it lives on what is
+    /// left, and may be preempted.
+    pub generation_share: usize,
     /// Share blocks between requests whose prompts begin alike.
     pub prefix_cache: bool,
     /// Share of the device's memory that this worker may use in all, above 0, at most 1.
@@ -125,6 +129,7 @@ impl EngineConfig {
             kv_bytes: Some(64 << 20),
             max_blocks: None,
             block_size: 32,
+            generation_share: kv_cache::GENERATION_SHARE,
             prefix_cache: true,
             memory_utilization: 0.5,
             buffer_cache_bytes: 64 << 20,

@@ -234,7 +234,9 @@ impl<'a> Loop<'a> {
         }
         let plan = self.scheduler.plan(self.started.elapsed());
         self.counters.steps.fetch_add(1, Relaxed);
-        // Before the step and not only after it: a step that never ends must be seen as one.
+        // Before the step and not only after it: a step that never ends must be seen as one, also where it only reads
+        // what nobody wants any more.
+        self.counters.busy.store(true, Relaxed);
         self.counters.running.store(self.scheduler.running(), Relaxed);
         self.stepper.begin();
         self.issue(plan)?;
@@ -269,6 +271,9 @@ impl<'a> Loop<'a> {
             };
             if let Some(cached_tokens) = chunk.first {
                 sequence.start(cached_tokens);
+            }
+            if chunk.last {
+                sequence.computed(self.scheduler.cached_tokens(chunk.id));
             }
             let draw = if chunk.last {
                 Some((&mut sequence.sampler, sequence.history.take()))
@@ -311,6 +316,7 @@ impl<'a> Loop<'a> {
             .collect();
         samplers.sort_unstable_by_key(|(place, _)| *place);
         let mut samplers: Vec<&mut Sampler> = samplers.into_iter().map(|(_, sampler)| sampler).collect();
+        self.counters.decoded(self.stepper.has_kernels());
         match self.stepper.decode(&rows, &mut samplers) {
             Ok(()) => Ok(()),
             Err(Fault::Graph(error)) => {
@@ -378,10 +384,11 @@ impl<'a> Loop<'a> {
     fn report(&self) {
         let counters = self.counters;
         counters.running.store(self.scheduler.running(), Relaxed);
+        let busy = !self.scheduler.is_idle() || self.stepper.is_flying();
+        counters.busy.store(busy, Relaxed);
         let usage = self.scheduler.usage();
         counters.kv_used_bytes.store(usage.used_bytes, Relaxed);
-        let cache = self.scheduler.counters();
-        counters.cached_tokens.store(cache.cached_tokens, Relaxed);
+        counters.cache(&self.scheduler.totals(), &self.scheduler.counters());
         counters.turned();
     }
 }

@@ -19,6 +19,8 @@ pub(super) struct Sequence {
     stop_tokens: Vec<u32>,
     prompt_tokens: usize,
     cached_tokens: usize,
+    /// The prompt has been computed once, and the reader knows all that was cached of it.
+    told: bool,
     miss: Option<Box<Miss>>,
     /// Most tokens to generate: what was asked for, or what the context has room for.
     limit: usize,
@@ -52,6 +54,7 @@ impl Sequence {
             stop_tokens: request.stop_tokens.clone(),
             prompt_tokens: request.prompt.len(),
             cached_tokens: 0,
+            told: false,
             miss,
             limit,
             generated: 0,
@@ -68,6 +71,15 @@ impl Sequence {
         self.cached_tokens = cached_tokens;
         let miss = self.miss.take();
         self.send(GenerationEvent::Started { cached_tokens, miss });
+    }
+
+    /// The last part of its prompt is computed: of all parts so many tokens were cached.
+    pub(super) fn computed(&mut self, cached_tokens: usize) {
+        // A preempted one is computed again, which is nothing to its reader.
+        if !std::mem::replace(&mut self.told, true) && cached_tokens != self.cached_tokens {
+            self.cached_tokens = cached_tokens;
+            self.send(GenerationEvent::Reused { cached_tokens });
+        }
     }
 
     /// Tells the reader that nothing more will come.

@@ -130,6 +130,7 @@ pub(super) fn start(
 
     let mut cache = CacheConfig::for_pool(plan.kv_bytes, facts.kv_bytes_per_token, config.block_size);
     cache.prefix_cache = config.prefix_cache;
+    cache.generation_share = config.generation_share;
     // The measured plan may have room for fewer; the slabs' rest is never touched then.
     cache.total_blocks = plan.kv_blocks;
     info.kv_capacity_tokens = plan.kv_tokens();

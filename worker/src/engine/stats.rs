@@ -1,10 +1,25 @@
 //! The engine's counters: written by its thread once a step, read by anybody, without a lock.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
-use crate::backend::EngineStats;
+use scheduler::Totals;
+
+use crate::backend::{CacheStats, EngineStats};
+
+/// See [`CacheStats`].
+#[derive(Debug, Default)]
+struct Cache {
+    requests: AtomicU64,
+    hits: AtomicU64,
+    prompt_tokens: AtomicU64,
+    cached_tokens: AtomicU64,
+    evicted_blocks: AtomicU64,
+    copied_blocks: AtomicU64,
+    moved_blocks: AtomicU64,
+    deduplicated_blocks: AtomicU64,
+}
 
 /// See [`EngineStats`] for what each one means.
 #[derive(Debug)]
@@ -14,12 +29,15 @@ pub(super) struct Counters {
     last_turn_ms: AtomicU64,
     pub(super) steps: AtomicU64,
     pub(super) running: AtomicUsize,
+    pub(super) busy: AtomicBool,
     /// Submitted and not yet ended; see [`Place`].
     outstanding: AtomicUsize,
     pub(super) kv_used_bytes: AtomicU64,
     pub(super) prefill_tokens: AtomicU64,
     pub(super) decode_tokens: AtomicU64,
-    pub(super) cached_tokens: AtomicU64,
+    kernel_decodes: AtomicU64,
+    reference_decodes: AtomicU64,
+    cache: Cache,
     pub(super) preempted: AtomicU64,
     active_bytes: AtomicU64,
     peak_bytes: AtomicU64,
@@ -33,11 +51,14 @@ impl Counters {
             last_turn_ms: AtomicU64::default(),
             steps: AtomicU64::default(),
             running: AtomicUsize::default(),
+            busy: AtomicBool::default(),
             outstanding: AtomicUsize::default(),
             kv_used_bytes: AtomicU64::default(),
             prefill_tokens: AtomicU64::default(),
             decode_tokens: AtomicU64::default(),
-            cached_tokens: AtomicU64::default(),
+            kernel_decodes: AtomicU64::default(),
+            reference_decodes: AtomicU64::default(),
+            cache: Cache::default(),
             preempted: AtomicU64::default(),
             active_bytes: AtomicU64::default(),
             peak_bytes: AtomicU64::default(),
@@ -51,6 +72,33 @@ impl Counters {
         // From here on dropping it gives it back.
         let place = Place(Arc::clone(self));
         if taken < capacity { Ok(place) } else { Err(taken) }
+    }
+
+    /// A decode step, on kernels of our own or on the reference path.
+    pub(super) fn decoded(&self, kernels: bool) {
+        let counter = if kernels {
+            &self.kernel_decodes
+        } else {
+            &self.reference_decodes
+        };
+        counter.fetch_add(1, Relaxed);
+    }
+
+    /// What the scheduler and its cache have counted so far.
+    pub(super) fn cache(&self, totals: &Totals, cache: &kv_cache::Counters) {
+        let to = &self.cache;
+        for (place, count) in [
+            (&to.requests, totals.admitted),
+            (&to.hits, totals.hits),
+            (&to.prompt_tokens, totals.prompt_tokens),
+            (&to.cached_tokens, totals.cached_tokens),
+            (&to.evicted_blocks, cache.evicted_blocks),
+            (&to.copied_blocks, cache.copied_blocks),
+            (&to.moved_blocks, cache.moved_blocks),
+            (&to.deduplicated_blocks, cache.deduplicated_blocks),
+        ] {
+            place.store(count, Relaxed);
+        }
     }
 
     /// The loop has come round: with work done, or awake and without any.
@@ -74,6 +122,7 @@ impl Counters {
             steps: self.steps.load(Relaxed),
             last_step_age: self.started.elapsed().saturating_sub(last),
             running,
+            busy: self.busy.load(Relaxed),
             waiting: self.outstanding.load(Relaxed).saturating_sub(running),
             kv_used_bytes: self.kv_used_bytes.load(Relaxed),
             active_bytes: self.active_bytes.load(Relaxed),
@@ -81,7 +130,18 @@ impl Counters {
             buffer_cache_bytes: self.buffer_cache_bytes.load(Relaxed),
             prefill_tokens: self.prefill_tokens.load(Relaxed),
             decode_tokens: self.decode_tokens.load(Relaxed),
-            cached_tokens: self.cached_tokens.load(Relaxed),
+            kernel_decodes: self.kernel_decodes.load(Relaxed),
+            reference_decodes: self.reference_decodes.load(Relaxed),
+            cache: CacheStats {
+                requests: self.cache.requests.load(Relaxed),
+                hits: self.cache.hits.load(Relaxed),
+                prompt_tokens: self.cache.prompt_tokens.load(Relaxed),
+                cached_tokens: self.cache.cached_tokens.load(Relaxed),
+                evicted_blocks: self.cache.evicted_blocks.load(Relaxed),
+                copied_blocks: self.cache.copied_blocks.load(Relaxed),
+                moved_blocks: self.cache.moved_blocks.load(Relaxed),
+                deduplicated_blocks: self.cache.deduplicated_blocks.load(Relaxed),
+            },
             preempted: self.preempted.load(Relaxed),
         }
     }

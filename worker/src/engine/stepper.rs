@@ -140,6 +140,11 @@ impl Stepper {
         Ok((stepper, report))
     }
 
+    /// Kernels of our own decode, and not the reference path.
+    pub(super) fn has_kernels(&self) -> bool {
+        self.model.has_kernels()
+    }
+
     /// Tokens are on their way to be read.
     pub(super) fn is_flying(&self) -> bool {
         !self.flights.is_empty() || !self.landed.is_empty() || !self.chunks.is_empty()

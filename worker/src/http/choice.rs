@@ -95,7 +95,7 @@ impl Choice {
         }
         if !matches!(
             event,
-            GenerationEvent::Started { .. } | GenerationEvent::Failed(_)
+            GenerationEvent::Started { .. } | GenerationEvent::Reused { .. } | GenerationEvent::Failed(_)
         ) {
             deltas.append(&mut self.forced);
         }
@@ -107,6 +107,7 @@ impl Choice {
                     self.explain(&miss);
                 }
             }
+            GenerationEvent::Reused { cached_tokens } => self.cached_tokens = cached_tokens,
             GenerationEvent::Token { id, logprob } => {
                 self.completion_tokens += 1;
                 if let Some(logprob) = logprob {

@@ -19,7 +19,7 @@ fn card(service: &Service) -> ModelCard {
         object: "model".to_owned(),
         created: service.created,
         owned_by: "mlxworker".to_owned(),
-        max_model_len: Some(service.backend.info().context_length),
+        max_model_len: Some(service.backend.info().most_tokens()),
     }
 }
 
@@ -49,7 +49,7 @@ pub(super) async fn health(State(service): State<Arc<Service>>) -> Result<Json<V
         return Err(ApiError::unavailable("draining", "this worker is shutting down", None).into());
     }
     let stats = service.backend.stats();
-    if stats.running + stats.waiting > 0 && stats.last_step_age > service.config.stall_limit {
+    if (stats.busy || stats.running + stats.waiting > 0) && stats.last_step_age > service.config.stall_limit {
         let message = format!(
             "the engine has not stepped for {} s with {} requests running and {} waiting",
             stats.last_step_age.as_secs(),
@@ -80,6 +80,7 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
         "load": config.load.fields(),
         "limits": {
             "context_length": info.context_length,
+            "max_model_len": info.most_tokens(),
             "max_tokens": config.default_max_tokens,
             "max_request_tokens": config.max_request_tokens,
             "max_body_bytes": config.max_body,
@@ -107,8 +108,20 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
             "last_step_age_ms": millis(stats.last_step_age),
             "prefill_tokens": stats.prefill_tokens,
             "decode_tokens": stats.decode_tokens,
-            "cached_tokens": stats.cached_tokens,
+            "cached_tokens": stats.cache.cached_tokens,
             "preempted": stats.preempted,
+            "decode_steps": {"kernels": stats.kernel_decodes, "reference": stats.reference_decodes},
+        },
+        "prefix_cache": {
+            "requests": stats.cache.requests,
+            "hits": stats.cache.hits,
+            "prompt_tokens": stats.cache.prompt_tokens,
+            "cached_tokens": stats.cache.cached_tokens,
+            "hit_rate": stats.cache.hit_rate(),
+            "evicted_blocks": stats.cache.evicted_blocks,
+            "copied_blocks": stats.cache.copied_blocks,
+            "moved_blocks": stats.cache.moved_blocks,
+            "deduplicated_blocks": stats.cache.deduplicated_blocks,
         },
         "memory": {
             "weight_bytes": info.weight_bytes,
@@ -116,7 +129,7 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
             "active_bytes": stats.active_bytes,
             "peak_bytes": stats.peak_bytes,
             "buffer_cache_bytes": stats.buffer_cache_bytes,
-            "process": service.footprint.look().json(),
+            "process": service.look_at_footprint().json(),
         },
     }))
 }
@@ -128,7 +141,7 @@ pub(super) async fn metrics(State(service): State<Arc<Service>>) -> Result<Respo
     }
     let text = service.metrics.render(
         &service.backend.stats(),
-        &service.footprint.look(),
+        &service.look_at_footprint(),
         service.in_flight(),
     );
     Ok((

@@ -160,7 +160,49 @@ impl Metrics {
                 "engine_cached_tokens_total",
                 "counter",
                 "Prompt tokens that the engine took from the prefix cache.",
-                engine.cached_tokens,
+                engine.cache.cached_tokens,
+            ),
+            (
+                "engine_prompt_tokens_total",
+                "counter",
+                "Prompt tokens of requests that left the queue; cached / these is the hit rate.",
+                engine.cache.prompt_tokens,
+            ),
+            (
+                "prefix_cache_requests_total",
+                "counter",
+                "Requests that left the queue.",
+                engine.cache.requests,
+            ),
+            (
+                "prefix_cache_hits_total",
+                "counter",
+                "Of these, those that found some of their prompt cached.",
+                engine.cache.hits,
+            ),
+            (
+                "kv_evicted_blocks_total",
+                "counter",
+                "Cached blocks given up for room.",
+                engine.cache.evicted_blocks,
+            ),
+            (
+                "kv_copied_blocks_total",
+                "counter",
+                "Blocks copied: partly shared ones, and copies on write.",
+                engine.cache.copied_blocks,
+            ),
+            (
+                "kv_moved_blocks_total",
+                "counter",
+                "Blocks moved, so that sequences are one run.",
+                engine.cache.moved_blocks,
+            ),
+            (
+                "kv_deduplicated_blocks_total",
+                "counter",
+                "Blocks computed twice at once, one of which was given back.",
+                engine.cache.deduplicated_blocks,
             ),
             (
                 "engine_preempted_total",
@@ -231,7 +273,7 @@ impl Metrics {
             (
                 "planned_bytes",
                 "gauge",
-                "What the memory plan allows for; 0 without one.",
+                "What the memory plan allows the process, or the GPU with memory of its own; 0 without one.",
                 process.planned_bytes,
             ),
             (
@@ -245,8 +287,20 @@ impl Metrics {
             page.value(name, "", value);
         }
         if let Some(drift) = process.drift() {
-            page.head("plan_drift_bytes", "gauge", "Footprint less what is planned.");
+            page.head("plan_drift_bytes", "gauge", "What is held against the plan (footprint, or MLX' bytes on a GPU with memory of its own) less it.");
             page.value("plan_drift_bytes", "", drift);
+        }
+        page.head(
+            "engine_decode_steps_total",
+            "counter",
+            "Decode steps by path: kernels of our own, or the reference.",
+        );
+        for (path, count) in [
+            ("kernels", engine.kernel_decodes),
+            ("reference", engine.reference_decodes),
+        ] {
+            let labels = format!("{{path=\"{path}\"}}");
+            page.value("engine_decode_steps_total", &labels, count);
         }
         page.head(
             "engine_last_step_age_seconds",
@@ -290,6 +344,7 @@ impl Page {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::CacheStats;
 
     #[test]
     fn buckets_are_cumulative() {
@@ -301,10 +356,23 @@ mod tests {
         let text = metrics.render(
             &EngineStats {
                 steps: 7,
+                kernel_decodes: 5,
+                reference_decodes: 2,
+                cache: CacheStats {
+                    requests: 4,
+                    hits: 3,
+                    prompt_tokens: 900,
+                    cached_tokens: 600,
+                    evicted_blocks: 11,
+                    copied_blocks: 12,
+                    moved_blocks: 13,
+                    deduplicated_blocks: 14,
+                },
                 ..EngineStats::default()
             },
             &FootprintReading {
                 footprint_bytes: 40,
+                counted_bytes: 40,
                 planned_bytes: 100,
                 over_plan: 3,
                 ..FootprintReading::default()
@@ -320,6 +388,16 @@ mod tests {
             "mlxworker_time_to_first_token_seconds_bucket{le=\"+Inf\"} 3",
             "mlxworker_time_to_first_token_seconds_sum 700.021",
             "mlxworker_engine_steps_total 7",
+            "mlxworker_engine_decode_steps_total{path=\"kernels\"} 5",
+            "mlxworker_engine_decode_steps_total{path=\"reference\"} 2",
+            "mlxworker_engine_cached_tokens_total 600",
+            "mlxworker_engine_prompt_tokens_total 900",
+            "mlxworker_prefix_cache_requests_total 4",
+            "mlxworker_prefix_cache_hits_total 3",
+            "mlxworker_kv_evicted_blocks_total 11",
+            "mlxworker_kv_copied_blocks_total 12",
+            "mlxworker_kv_moved_blocks_total 13",
+            "mlxworker_kv_deduplicated_blocks_total 14",
             "mlxworker_requests_in_flight 2",
             "mlxworker_process_footprint_bytes 40",
             "mlxworker_looks_over_plan_total 3",

@@ -109,7 +109,7 @@ pub struct Service {
     pub(super) backend: Arc<dyn Backend>,
     pub(super) metrics: Metrics,
     pub(super) requests: Requests,
-    pub(super) footprint: Footprint,
+    footprint: Footprint,
     /// Seconds since 1970 at the start; the model's `created`.
     pub(super) created: u64,
     pub(super) started: Instant,
@@ -130,8 +130,7 @@ impl Service {
             chat,
             backend,
         } = parts;
-        let planned = backend.info().limits.get("memory_planned_bytes");
-        let planned = planned.and_then(Value::as_u64).unwrap_or_default();
+        let footprint = Footprint::new(&backend.info().limits);
         Arc::new(Self {
             config,
             tokenizer,
@@ -140,7 +139,7 @@ impl Service {
             backend,
             metrics: Metrics::default(),
             requests: Requests::default(),
-            footprint: Footprint::new(planned),
+            footprint,
             created: unix_seconds(),
             started: Instant::now(),
             declared: watch::Sender::new(None),
@@ -192,7 +191,9 @@ impl Service {
 
     /// Looks at the process's memory, and warns when it leaves the plan.
     pub fn look_at_footprint(&self) -> FootprintReading {
-        self.footprint.look()
+        let stats = self.backend.stats();
+        self.footprint
+            .look(stats.active_bytes.saturating_add(stats.buffer_cache_bytes))
     }
 
     /// Ends the engine; what still runs gets an error.

@@ -52,6 +52,28 @@ pub struct Failed;
 /// Time for a loading that nobody waits for any more to come to its end.
 const LOADING_END: Duration = Duration::from_secs(5);
 
+/// Longest time for loading and warming up, and again for warm prompts. Generous, since both read the weights from
+/// whatever disk they lie on, and a GPU's kernels may be compiled for minutes: this is for a device that never answers.
+const START_LIMIT: Duration = Duration::from_secs(3600);
+
+/// A start that takes longer than [`START_LIMIT`], or than ten steps may where that is more, is given up. Like the
+/// watchdog, which begins with the first request, it waits for ever where `watchdog` is zero.
+///
+/// # Errors
+/// The start's own, or that it has not ended.
+async fn in_time<T>(watchdog: Duration, what: &str, start: impl Future<Output = Result<T>>) -> Result<T> {
+    if watchdog.is_zero() {
+        return start.await;
+    }
+    let limit = START_LIMIT.max(watchdog.saturating_mul(10));
+    timeout(limit, start).await.unwrap_or_else(|_| {
+        bail!(
+            "{what} has not ended for {} s: the device may hang (--watchdog-seconds 0 waits for ever)",
+            limit.as_secs()
+        )
+    })
+}
+
 /// How far the engine has come, for the end.
 enum Started {
     Nothing,
@@ -136,7 +158,7 @@ async fn start_and_serve(
     let watchdog = config.watchdog;
     *started = Started::Loading(tokio::spawn(Engine::start(config, progress(control.as_deref()))));
     // Both are under way; what is wrong with the text shows first.
-    let loaded = async {
+    let loaded = in_time(watchdog, "loading and warming up the model", async {
         let text = text.await.context("loading the tokenizer")??;
         let Started::Loading(engine) = started else {
             bail!("the engine was not started")
@@ -146,7 +168,7 @@ async fn start_and_serve(
         let engine: Arc<dyn Backend> = Arc::new(engine.context("loading the model")??);
         *started = Started::Engine(Arc::clone(&engine));
         Ok((text, engine))
-    };
+    });
     let (text, backend) = match control.as_deref_mut() {
         // A proxy that dies while a big model loads must not leave the loading behind.
         Some(control) => tokio::select! {
@@ -168,11 +190,11 @@ async fn start_and_serve(
     );
     let service = Service::new(text.into_parts(Arc::clone(&backend), load)?);
     if !warm_prompts.is_empty() {
-        let warming = async {
+        let warming = in_time(watchdog, "computing the warm prompts", async {
             let tokens = warm(&service, warm_prompts).await?;
             tracing::info!(tokens, "warm prompts are computed");
-            Ok::<_, anyhow::Error>(())
-        };
+            Ok(())
+        });
         match control.as_deref_mut() {
             Some(control) => tokio::select! {
                 warmed = warming => warmed?,
@@ -261,4 +283,34 @@ fn progress(control: Option<&Control>) -> impl FnMut(crate::model::LoadProgress)
 /// A line for the person at the terminal, whatever the log level.
 fn say(line: &str) {
     let _ = writeln!(std::io::stderr().lock(), "mlxworker: {line}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_start_that_never_ends_is_given_up() {
+        let hangs = || std::future::pending::<Result<()>>();
+        let began = tokio::time::Instant::now();
+        for (watchdog, limit) in [(120, 3600), (1000, 10_000)] {
+            let error = in_time(Duration::from_secs(watchdog), "loading", hangs())
+                .await
+                .unwrap_err()
+                .to_string();
+            assert!(
+                error.contains(&format!("loading has not ended for {limit} s")),
+                "{error}"
+            );
+        }
+        assert_eq!(began.elapsed().as_secs(), 13_600);
+        let unwatched = in_time(Duration::ZERO, "loading", hangs());
+        assert!(timeout(START_LIMIT * 1000, unwatched).await.is_err());
+        assert_eq!(
+            in_time(Duration::from_secs(1), "", async { Ok(5) })
+                .await
+                .unwrap(),
+            5
+        );
+    }
 }

@@ -17,18 +17,18 @@ const LONGEST_LOOK: Duration = Duration::from_secs(1);
 /// Watches until dropped.
 #[derive(Debug)]
 pub struct Watchdog {
-    _until_dropped: Option<SyncSender<()>>,
+    until_dropped: Option<SyncSender<()>>,
 }
 
 impl Watchdog {
-    /// Declares the engine of `service` dead when a step takes longer than `limit` while requests run: every client is
+    /// Declares the engine of `service` dead when a step takes longer than `limit`: every client is
     /// told, and whoever waits for [`Service::dead`] ends the process. Zero never does.
     ///
     /// # Errors
     /// The thread cannot be started.
     pub fn start(service: &Arc<Service>, limit: Duration) -> std::io::Result<Self> {
         if limit.is_zero() {
-            return Ok(Self { _until_dropped: None });
+            return Ok(Self { until_dropped: None });
         }
         let (until_dropped, dropped) = sync_channel(0);
         let service = Arc::downgrade(service);
@@ -50,8 +50,14 @@ impl Watchdog {
                 }
             })?;
         Ok(Self {
-            _until_dropped: Some(until_dropped),
+            until_dropped: Some(until_dropped),
         })
+    }
+
+    /// Whether there is a thread that looks: not with a limit of zero.
+    #[must_use]
+    pub fn watches(&self) -> bool {
+        self.until_dropped.is_some()
     }
 }
 
@@ -75,7 +81,9 @@ impl Watch {
 
     /// One look, so long after the last one. Gives the reason when the limit is over.
     fn look(&mut self, stats: &EngineStats, since_last: Duration) -> Option<String> {
-        if stats.running == 0 || stats.last_step_age < since_last {
+        // A step may be under way for nobody: the one that was issued before its last request's end was read.
+        let idle = !stats.busy && stats.running + stats.waiting == 0;
+        if idle || stats.last_step_age < since_last {
             self.still = Duration::ZERO;
             return None;
         }
@@ -137,6 +145,26 @@ mod tests {
         assert_eq!(looks(&mut watch, 7), None);
         assert_eq!(watch.look(&stats(0, SECOND * 8), SECOND), None, "nothing to do");
         assert_eq!(looks(&mut watch, 7), None);
+    }
+
+    /// The step issued before the last request's end was known may hang when nobody waits for it any more; so may the
+    /// engine while all requests are still in its queue.
+    #[test]
+    fn a_step_for_nobody_is_a_step() {
+        let still = |busy, waiting| {
+            let mut watch = Watch::new(SECOND * 8, SECOND);
+            (1..=9).find_map(|n| {
+                let stats = EngineStats {
+                    busy,
+                    waiting,
+                    ..stats(0, SECOND * n)
+                };
+                watch.look(&stats, SECOND)
+            })
+        };
+        assert!(still(true, 0).is_some(), "nothing but a step to read");
+        assert!(still(false, 2).unwrap().contains("2 waiting"));
+        assert_eq!(still(false, 0), None);
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! `/v1/chat/completions`, answered in one piece.
 
-use mlxworker::backend::scripted::Act;
+use mlxworker::backend::scripted::{Act, ScriptedBackend};
 use mlxworker::backend::{FinishReason, SamplingParams};
 use serde_json::{Value, json};
 
@@ -237,6 +237,45 @@ async fn length_is_told_and_wishes_are_clamped_aloud() {
     let reply = server.chat(json!({"max_completion_tokens": 7})).await;
     assert!(!reply.headers.contains_key("x-max-tokens-clamped"));
     assert_eq!(server.backend.requests()[1].max_tokens, 7);
+}
+
+/// What the KV cache has no room for is no part of what may be asked for, whatever the model's context length.
+#[tokio::test]
+async fn the_cache_clamps_aloud_too() {
+    let backend = ScriptedBackend::new(CONTEXT, VOCABULARY, |_| length(say("and so on"))).with_kv_tokens(64);
+    let server = start_on(backend, |_| {}).await;
+    let card = server.get("/v1/models").await.json()["data"][0].clone();
+    assert_eq!(card["max_model_len"], 64);
+    let reply = server.chat(json!({"max_tokens": 150})).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    let request = &server.backend.requests()[0];
+    let room = 64 - request.prompt.len();
+    assert_eq!(request.max_tokens, room);
+    assert_eq!(
+        reply.headers["x-max-tokens-clamped"],
+        format!("asked=150, allowed={room}")
+    );
+    // A prompt without any room is the engine's to refuse, with its numbers: it gets to see it.
+    let text = "word ".repeat(200);
+    server
+        .post("/v1/completions", &json!({"prompt": text, "max_tokens": 3}))
+        .await;
+    let requests = server.backend.requests();
+    assert!(requests[1].prompt.len() > 64 && requests[1].max_tokens == 1);
+}
+
+/// What others computed after the request had begun is cached as well, also when a stop string ends the reply.
+#[tokio::test]
+async fn all_cached_tokens_are_told() {
+    let server = start(|_| {
+        let mut script = vec![Act::Start(2), Act::Reuse(9)];
+        script.extend(say("one two three"));
+        script.push(Act::Hang);
+        Ok(script)
+    })
+    .await;
+    let json = server.chat(json!({"stop": "two"})).await.json();
+    assert_eq!(json["usage"]["prompt_tokens_details"]["cached_tokens"], 9);
 }
 
 #[tokio::test]

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use mlxworker::backend::EngineStats;
 use mlxworker::backend::scripted::Act;
+use mlxworker::backend::{CacheStats, EngineStats};
 use serde_json::json;
 
 use super::support::*;
@@ -37,6 +37,14 @@ async fn health_means_that_the_engine_steps() {
         (age(10_000, 0), 200),
         (age(59, 1), 200),
         (age(61, 1), 503),
+        // A step that nobody waits for any more.
+        (
+            EngineStats {
+                busy: true,
+                ..age(61, 0)
+            },
+            503,
+        ),
     ] {
         server.backend.set_stats(stats);
         let reply = server.get("/health").await;
@@ -57,12 +65,23 @@ async fn status_tells_limits_and_numbers() {
     server.backend.set_stats(EngineStats {
         steps: 17,
         active_bytes: 5,
+        reference_decodes: 4,
+        cache: CacheStats {
+            requests: 3,
+            hits: 1,
+            prompt_tokens: 40,
+            cached_tokens: 10,
+            ..CacheStats::default()
+        },
         ..EngineStats::default()
     });
     let json = server.get("/status").await.json();
     assert_eq!(json["limits"]["context_length"], CONTEXT);
     assert_eq!(json["limits"]["max_request_tokens"], 200);
     assert_eq!(json["engine"]["steps"], 17);
+    assert_eq!(json["engine"]["decode_steps"]["reference"], 4);
+    assert_eq!(json["prefix_cache"]["hits"], 1);
+    assert_eq!(json["prefix_cache"]["hit_rate"], 0.25);
     assert_eq!(json["memory"]["active_bytes"], 5);
     assert_eq!(json["chat"]["tool_call_parser"], "hermes");
     assert_eq!(server.get("/v1/status").await.json()["model"], MODEL);

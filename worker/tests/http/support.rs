@@ -83,7 +83,11 @@ pub(crate) async fn start_with(
     configure: impl FnOnce(&mut HttpConfig),
     planner: impl Fn(&GenerateRequest) -> Plan + Send + Sync + 'static,
 ) -> Server {
-    let backend = Arc::new(ScriptedBackend::new(CONTEXT, VOCABULARY, planner));
+    start_on(ScriptedBackend::new(CONTEXT, VOCABULARY, planner), configure).await
+}
+
+pub(crate) async fn start_on(backend: ScriptedBackend, configure: impl FnOnce(&mut HttpConfig)) -> Server {
+    let backend = Arc::new(backend);
     let template = ChatTemplate::from_dir(&model_folder()).unwrap();
     let mut config = HttpConfig {
         served_model: MODEL.to_owned(),

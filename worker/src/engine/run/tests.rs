@@ -76,7 +76,9 @@ fn end(mut events: mpsc::Receiver<GenerationEvent>) -> (usize, End) {
     let (mut tokens, mut cached) = (Vec::new(), 0);
     while let Some(event) = events.blocking_recv() {
         match event {
-            GenerationEvent::Started { cached_tokens, .. } => cached = cached_tokens,
+            GenerationEvent::Started { cached_tokens, .. } | GenerationEvent::Reused { cached_tokens } => {
+                cached = cached_tokens;
+            }
             GenerationEvent::Token { id, .. } => tokens.push(id),
             GenerationEvent::Finished { reason, .. } => {
                 assert_eq!(reason, FinishReason::Length);
