@@ -148,6 +148,30 @@ fn events_begin_with_the_present_and_tell_of_profiles_and_requests() {
 }
 
 #[test]
+fn events_tell_of_a_reload_that_failed() {
+    let swapd = Swapd::start("models: {m: {worker: {model: DIR}}}");
+    let found = events(
+        &swapd,
+        || {
+            swapd.rewrite("models: 3");
+            assert_eq!(swapd.post("/api/reload", "").status, 400);
+        },
+        |kind, data| kind == "registry" && data["in_force"] == false,
+    );
+    let (_, failed) = found.last().unwrap();
+    assert!(
+        failed["errors"][0].as_str().unwrap().contains("config.yaml:"),
+        "{failed}"
+    );
+    assert!(
+        found
+            .iter()
+            .any(|(kind, data)| kind == "registry" && data["in_force"] == true),
+        "the state before"
+    );
+}
+
+#[test]
 fn a_model_that_is_slow_to_stop_holds_no_other_up() {
     // llama-swap: every request to every model waited for it.
     let swapd = Swapd::start(

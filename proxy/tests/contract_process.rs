@@ -12,7 +12,8 @@ mod common;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::{Swapd, alive, eventually};
+use common::{Swapd, alive, eventually, signal};
+use nix::sys::signal::Signal;
 
 const SOON: Duration = Duration::from_secs(5);
 
@@ -262,7 +263,7 @@ fn what_llama_swap_lets_pass_is_found_before_it_serves() {
         ("models: {a: {}}", "cmd"),
         (
             "models: {a: {cmd: 'x --port ${PORT}', aliases: [b]}, b: {cmd: 'y --port ${PORT}'}}",
-            "b",
+            "`b` is the id of a model",
         ),
         (
             "models: {a: {cmd: 'x --port ${PORT}'}}\ngroups: {g: {members: [nobody]}}",
@@ -306,18 +307,55 @@ fn what_llama_swap_lets_pass_is_found_before_it_serves() {
 
 #[test]
 fn logs_are_there_whatever_goes_to_standard_output() {
-    let swapd =
-        Swapd::start("models: {m: {worker: {model: DIR}, env: ['FAKE_CHATTER=3']}}\nlogToStdout: both");
-    assert_eq!(swapd.chat("m", "").status, 200);
-    let log = swapd.get("/logs").body;
-    assert!(
-        log.contains("[INFO] listening on") && log.contains("chatter 2"),
-        "{log}"
+    for (wanted, own, models) in [
+        ("none", false, false),
+        ("upstream", false, true),
+        ("proxy", true, false),
+        ("both", true, true),
+    ] {
+        let (mut swapd, out) = Swapd::start_silent(&format!(
+            "models: {{m: {{worker: {{model: DIR}}, env: ['FAKE_CHATTER=3']}}}}\nlogToStdout: {wanted}"
+        ));
+        assert_eq!(swapd.chat("m", "").status, 200);
+        let log = swapd.get("/logs").body;
+        assert!(
+            log.contains("[INFO] listening on") && log.contains("chatter 2"),
+            "{wanted}: {log}"
+        );
+        let mut of_model = swapd.open("GET", "/logs/stream/m", "", "");
+        let lines = of_model.chunk().unwrap().unwrap();
+        assert!(
+            lines.contains("chatter 0") && !lines.contains("listening"),
+            "{wanted}: {lines}"
+        );
+        drop(of_model);
+        signal(swapd.child.id(), Signal::SIGTERM);
+        assert_eq!(swapd.exit_code(SOON), Some(0));
+        let out = out.join().unwrap();
+        let found = (out.contains("[INFO] listening on"), out.contains("chatter 2"));
+        assert_eq!(found, (own, models), "{wanted}: {out}");
+    }
+}
+
+/// llama-swap: for ever.
+#[test]
+fn a_load_that_nobody_waits_for_is_given_up_where_that_is_wanted() {
+    let swapd = Swapd::start(
+        "unloadTimeout: 1
+models: {m: {worker: {model: DIR, env: ['FAKE_START_MS=60000', JOURNAL]}}}
+routing: {scheduler: {settings: {fifo: {keepAbandonedLoads: false}}}}",
     );
-    let mut of_model = swapd.open("GET", "/logs/stream/m", "", "");
-    let lines = of_model.chunk().unwrap().unwrap();
-    assert!(
-        lines.contains("chatter 0") && !lines.contains("listening"),
-        "{lines}"
+    let client = std::net::TcpStream::connect(&swapd.address).unwrap();
+    let body = common::chat_body("m", "");
+    let text = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n{body}",
+        body.len()
     );
+    std::io::Write::write_all(&mut &client, text.as_bytes()).unwrap();
+    let (_, loading) = eventually("it starts", SOON, || swapd.journalled("start").first().copied());
+    assert!(alive(loading));
+    drop(client);
+    eventually("it is given up", SOON, || (!alive(loading)).then_some(()));
+    eventually("stopped", SOON, || (swapd.state("m") == "stopped").then_some(()));
+    assert_eq!(swapd.journalled("start").len(), 1);
 }

@@ -64,7 +64,7 @@ fn concurrent_requests_start_one_process() {
 }
 
 #[test]
-fn a_swap_lets_running_requests_finish_and_never_overlaps() {
+fn a_swap_lets_running_requests_finish() {
     let swapd = Swapd::start(TWO);
     let mut long = swapd.chat_open("one", r#""stream":true,"events":20,"gap_ms":40"#);
     assert!(long.chunk().unwrap().is_some());
@@ -80,11 +80,29 @@ fn a_swap_lets_running_requests_finish_and_never_overlaps() {
     });
     assert_eq!(other.status, 200);
     assert!(!alive(first));
-    let (stopped, started) = (swapd.journalled("stop")[0].0, swapd.journalled("start")[1].0);
-    assert!(
-        stopped <= started,
-        "the new process started before the old one was gone"
+}
+
+/// The old process ends only when it is killed, a second after it was told to stop. llama-swap gives it the 120 s that
+/// a start may take.
+#[test]
+fn a_swap_waits_for_the_old_processes_end_and_no_longer_than_its_grace() {
+    let config = format!(
+        "unloadTimeout: 1\n{}",
+        TWO.replace("JOURNAL", "JOURNAL, FAKE_IGNORE_TERM=1")
     );
+    for (from, to, told) in [("one", "two", "stop"), ("two", "one", "term")] {
+        let swapd = Swapd::start(&config);
+        swapd.chat(from, "");
+        let begun = Instant::now();
+        assert_eq!(swapd.chat(to, "").status, 200);
+        let (stopped, started) = (swapd.journalled(told)[0].0, swapd.journalled("start")[1].0);
+        assert!(
+            started >= stopped + 950,
+            "{from}: the new process started {} ms after the old one was told to stop",
+            started - stopped
+        );
+        assert!(begun.elapsed() < 4 * SEC, "{from}: {:?}", begun.elapsed());
+    }
 }
 
 #[test]

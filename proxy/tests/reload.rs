@@ -280,3 +280,34 @@ fn the_profile_and_captures_stay_as_long_as_they_can() {
     }
     assert_eq!(swapd.chat("x", "").status, 404);
 }
+
+/// The old process ends only when it is killed, a second after it was told to stop. An edit that comes while it is
+/// stopping counts (llama-swap forgets it), and nothing is started beside it (llama-swap does).
+#[test]
+fn an_edit_while_a_changed_model_is_stopping_is_what_starts() {
+    // A journal of its own for each version. (Written so that the word is not replaced by the test's journal.)
+    let config = |journal: &str| {
+        format!(
+            r#"unloadTimeout: 1
+models: {{m: {{worker: {{model: DIR}}, env: [FAKE_IGNORE_TERM=1, "FAKE_J\x4fURNAL=DIR/{journal}"]}}}}"#
+        )
+    };
+    let swapd = Swapd::start_with(&config("first"), &["--watch-config"]);
+    let first = pid(&swapd, "m");
+    // Time of an event in a journal.
+    let at = |journal: &str, event: &str| -> Option<u128> {
+        let text = std::fs::read_to_string(swapd.dir.path().join(journal)).ok()?;
+        let line = text.lines().find(|l| l.ends_with(event))?;
+        line.split(' ').next()?.parse().ok()
+    };
+    swapd.rewrite(&config("second"));
+    eventually("stopping", 3 * SEC, || {
+        (swapd.state("m") == "stopping").then_some(())
+    });
+    swapd.rewrite(&config("third"));
+    eventually("the last edit runs", 5 * SEC, || at("third", "ready"));
+    let (stop, start) = (at("first", "stop").unwrap(), at("third", "start").unwrap());
+    assert!(start >= stop + 950, "{} ms after the order to stop", start - stop);
+    assert!(!alive(first.try_into().unwrap()));
+    assert!(at("second", "start").is_none(), "started and lost");
+}

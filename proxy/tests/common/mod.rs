@@ -13,10 +13,11 @@
 pub mod secure;
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpStream;
-use std::path::PathBuf;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU16, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -71,6 +72,37 @@ pub fn signal(pid: u32, signal: nix::sys::signal::Signal) {
     nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid.try_into().unwrap()), signal).unwrap();
 }
 
+/// A directory of a test with this registry in it.
+fn written(config: &str) -> (TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("config.yaml");
+    // Tests run side by side, each with a range of ports of its own.
+    static NEXT_PORT: AtomicU16 = AtomicU16::new(0);
+    let offset =
+        NEXT_PORT.fetch_add(10, Ordering::Relaxed) + u16::try_from(std::process::id() % 100).unwrap() * 100;
+    let ports = if config.contains("startPort") {
+        String::new()
+    } else {
+        format!("startPort: {}\n", 20_000 + offset % 10_000)
+    };
+    let text = ports + &expand(config, &dir);
+    std::fs::write(&path, text).unwrap();
+    (dir, path)
+}
+
+fn command(config: &Path, listen: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_swapd"));
+    command
+        .arg("--config")
+        .arg(config)
+        .args(["--listen", listen])
+        .env("SWAPD_WORKER", fakeworker())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::inherit());
+    command
+}
+
 impl Swapd {
     /// Starts swapd with this registry. `FAKE` stands for the fake server's path, `DIR` for the test's directory.
     pub fn start(config: &str) -> Self {
@@ -82,27 +114,10 @@ impl Swapd {
     }
 
     pub fn start_env(config: &str, args: &[&str], env: &[(&str, &str)]) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("config.yaml");
-        // Tests run side by side, each with a range of ports of its own.
-        static NEXT_PORT: AtomicU16 = AtomicU16::new(0);
-        let offset = NEXT_PORT.fetch_add(10, Ordering::Relaxed)
-            + u16::try_from(std::process::id() % 100).unwrap() * 100;
-        let ports = if config.contains("startPort") {
-            String::new()
-        } else {
-            format!("startPort: {}\n", 20_000 + offset % 10_000)
-        };
-        let text = ports + &expand(config, &dir);
-        std::fs::write(&path, text).unwrap();
-        let mut child = Command::new(env!("CARGO_BIN_EXE_swapd"))
-            .args(["--config", path.to_str().unwrap(), "--listen", "127.0.0.1:0"])
+        let (dir, path) = written(config);
+        let mut child = command(&path, "127.0.0.1:0")
             .args(args)
-            .env("SWAPD_WORKER", fakeworker())
             .envs(env.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::inherit())
             .spawn()
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
@@ -120,6 +135,31 @@ impl Swapd {
             dir,
             config: path,
         }
+    }
+
+    /// Starts one that may say nothing of where it listens; and what it says until its end.
+    pub fn start_silent(config: &str) -> (Self, JoinHandle<String>) {
+        let (dir, path) = written(config);
+        let free = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = free.local_addr().unwrap().to_string();
+        drop(free);
+        let mut child = command(&path, &address).spawn().unwrap();
+        let mut stdout = child.stdout.take().unwrap();
+        let out = std::thread::spawn(move || {
+            let mut out = String::new();
+            stdout.read_to_string(&mut out).unwrap();
+            out
+        });
+        eventually("it listens", Duration::from_secs(5), || {
+            TcpStream::connect(&address).ok()
+        });
+        let swapd = Self {
+            child,
+            address,
+            dir,
+            config: path,
+        };
+        (swapd, out)
     }
 
     pub fn journal(&self) -> String {
