@@ -1,4 +1,4 @@
-//! Sources, globals, syntax, differences; and that nothing a file may hold brings the reader down.
+//! Globals, syntax, differences, the resolved view and the schema.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -8,12 +8,10 @@
 
 mod common;
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use common::{errors, load, load_with_warnings, read, warnings};
-use proptest::prelude::*;
-use registry::{Diagnostic, Launch, LogLevel, LogTo, Options, Registry, Routing, Severity, Source};
+use common::{errors, load, load_with_warnings, warnings};
+use registry::{Launch, LogLevel, LogTo, Options, Registry, Routing};
 use serde_json::json;
 
 /// What nix-ai emits (its store paths shortened), model id filled in.
@@ -277,98 +275,6 @@ fn anchors_merges_and_duplicates() {
 }
 
 #[test]
-fn aliases_cannot_take_all_memory() {
-    let mut text = "x0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n".to_owned();
-    for i in 1..12 {
-        let refs = vec![format!("*a{}", i - 1); 10].join(", ");
-        text.push_str(&format!("x{i}: &a{i} [{refs}]\n"));
-    }
-    assert!(errors(&text)[0].contains("more than 500000 values"));
-}
-
-fn sources(texts: &[&str]) -> Result<Registry, Vec<String>> {
-    let sources: Vec<Source> = texts
-        .iter()
-        .enumerate()
-        .map(|(i, text)| Source {
-            path: PathBuf::from(format!("/d{i}/f{i}.yaml")),
-            text: (*text).to_owned(),
-        })
-        .collect();
-    let options = Options {
-        env: &|_| None,
-        keep_ports: BTreeMap::new(),
-    };
-    match Registry::from_sources(&sources, &options) {
-        Ok((registry, _)) => Ok(registry),
-        Err(found) => Err(found.iter().map(ToString::to_string).collect()),
-    }
-}
-
-#[test]
-fn sources_are_merged() {
-    let registry = sources(&[
-        "logLevel: debug\nmodels:\n  a: {worker: {model: ./m}}\napiKeys: [k1]\nmacros: {x: 1}\nhooks:\n",
-        "logLevel: debug\nmodels:\n  b: {worker: {model: ./m}, ttl: '${x}'}\napiKeys: [k2]\nstore: null\nhooks: {on_startup: {preload: [a]}}\n",
-        "",
-    ])
-    .unwrap();
-    let place = |id: &str| match &registry.models[id].launch {
-        Launch::Worker(worker) => worker.model.clone(),
-        Launch::Command(_) => panic!("command"),
-    };
-    assert_eq!(
-        (place("a"), place("b")),
-        ("/d0/./m".to_owned(), "/d1/./m".to_owned()),
-        "each from its own file"
-    );
-    assert_eq!(registry.globals.api_keys.len(), 2);
-    assert_eq!(registry.models["b"].ttl.unwrap().as_secs(), 1);
-    assert_eq!(registry.globals.preload, ["a"]);
-}
-
-#[test]
-fn sources_must_not_contradict_each_other() {
-    let found = sources(&[
-        "logLevel: debug\nglobalTTL: 1\nmodels:\n  a: {cmd: 'x ${PORT}'}\nstore: {path: x}\n",
-        "logLevel: info\nglobalTTL: [1]\nmodels:\n  a: {cmd: 'x ${PORT}'}\nstore: {path: y}\n",
-    ])
-    .unwrap_err();
-    let wanted = [
-        "/d1/f1.yaml:1:11: error: logLevel: sets a different value than /d0/f0.yaml does on line 1",
-        "/d1/f1.yaml:2:12: error: globalTTL: sets a different value than /d0/f0.yaml does on line 2",
-        "/d1/f1.yaml:4:3: error: models.a: duplicate models \"a\": already defined in /d0/f0.yaml on line 4",
-        "/d1/f1.yaml:5:15: error: store.path: sets a different value",
-    ];
-    for wanted in wanted {
-        assert!(
-            found.iter().any(|f| f.starts_with(wanted)),
-            "{wanted}\n{found:#?}"
-        );
-    }
-    // Errors of all files at once.
-    let found = sources(&["a: [", "b: ]"]).unwrap_err();
-    assert!(
-        found[0].starts_with("/d0/") && found[1].starts_with("/d1/"),
-        "{found:?}"
-    );
-}
-
-#[test]
-fn a_thousand_errors_are_enough_said_with_five_hundred() {
-    let rows: Vec<String> = (0..2000).map(|i| format!("  m{i}: {{nope: 1}}\n")).collect();
-    let found = read(&format!("models:\n{}", rows.concat()), &|_| None).unwrap_err();
-    assert_eq!(
-        found.iter().filter(|d| d.severity == Severity::Error).count(),
-        500
-    );
-    assert_eq!(
-        found.iter().filter(|d| d.severity == Severity::Warning).count(),
-        500
-    );
-}
-
-#[test]
 fn every_configuration_in_configs_passes_the_check() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
     let mut seen = 0;
@@ -385,41 +291,6 @@ fn every_configuration_in_configs_passes_the_check() {
         }
     }
     assert!(seen > 0);
-}
-
-#[test]
-fn a_directory_is_read_by_name_after_the_file() {
-    let dir = tempfile::tempdir().unwrap();
-    let write = |name: &str, text: &str| {
-        std::fs::write(dir.path().join(name), text).unwrap();
-        dir.path().join(name)
-    };
-    std::fs::create_dir(dir.path().join("sub.yaml")).unwrap();
-    write("b.yml", "models: {b: {cmd: 'x ${PORT}'}}");
-    write("a.yaml", "models: {a: {cmd: 'x ${PORT}'}}");
-    write("c.json", "not read");
-    let elsewhere = tempfile::tempdir().unwrap();
-    let file = elsewhere.path().join("main.yaml");
-    std::fs::write(&file, "models: {z: {cmd: 'x ${PORT}'}}").unwrap();
-    let options = Options::default();
-    let (registry, _) = Registry::from_paths(Some(&file), Some(dir.path()), &options).unwrap();
-    assert_eq!(registry.models.keys().collect::<Vec<_>>(), ["z", "a", "b"]);
-    let twice =
-        Registry::from_paths(Some(&dir.path().join("a.yaml")), Some(dir.path()), &options).unwrap_err();
-    assert!(
-        twice[0]
-            .to_string()
-            .contains("is also in the configuration directory"),
-        "{twice:?}"
-    );
-    let gone = Registry::from_paths(Some(Path::new("/nonexistent/c.yaml")), None, &options).unwrap_err();
-    assert!(
-        gone[0]
-            .to_string()
-            .starts_with("/nonexistent/c.yaml: error: cannot be read"),
-        "{gone:?}"
-    );
-    assert!(Registry::from_paths(None, Some(Path::new("/nonexistent")), &options).is_err());
 }
 
 #[test]
@@ -493,133 +364,4 @@ fn the_schema_is_whole() {
         assert!(schema["definitions"][&name].is_object(), "{reference}");
     }
     assert!(schema["definitions"]["worker"]["properties"]["maxNumSeqs"].is_object());
-}
-
-fn check_places(text: &str, found: &[Diagnostic]) {
-    let lines: Vec<&str> = text.split('\n').collect();
-    for d in found {
-        assert!(
-            d.line as usize <= lines.len() + 1 && (d.line == 0) == (d.column == 0),
-            "{d}"
-        );
-        if let Some(line) = (d.line as usize).checked_sub(1).and_then(|l| lines.get(l)) {
-            assert!(d.column as usize <= line.chars().count() + 1, "{d}\n{text}");
-        }
-    }
-}
-
-/// Lines of real configurations, in any order and indentation, with a stray character now and then.
-fn scramble() -> impl Strategy<Value = String> {
-    let lines = vec![
-        "models:",
-        "m:",
-        "cmd: x --port ${PORT}",
-        "cmd: |",
-        "worker:",
-        "model: a/b",
-        "maxNumSeqs: 4",
-        "ttl: 5",
-        "- a",
-        "aliases: [a, b]",
-        "<<: *x",
-        "x: &x {a: 1}",
-        "macros:",
-        "k: ${k}",
-        "v: ${m}${k}",
-        "groups:",
-        "members: [m]",
-        "matrix:",
-        "sets:",
-        "s: a & (b | +t)",
-        "vars: {a: m}",
-        "selectors:",
-        "strategy: warm",
-        "targets: [m, a]",
-        "peers:",
-        "proxy: http://h:1",
-        "models: [m]",
-        "profiles:",
-        "pins: {a: m}",
-        "filters: {setParamsByID: {'${MODEL_ID}': {a: 1}}}",
-        "env: ['${env.HOME}']",
-        "apiKeys: ['']",
-        "routing:",
-        "router:",
-        "settings:",
-        "use: matrix",
-        "scheduler:",
-        "fifo:",
-        "priority: {m: 1}",
-        "hooks: {on_startup: {preload: [m]}}",
-        "performance: {every: 1s}",
-        "# ${env.X}",
-        "'",
-        "\"",
-        "{",
-        "]",
-        "---",
-        "? a",
-        "!!int x",
-        "\t",
-    ];
-    let line = (0..6usize, prop::sample::select(lines))
-        .prop_map(|(indent, line)| format!("{}{line}", "  ".repeat(indent)));
-    prop::collection::vec(line, 0..30).prop_map(|lines| lines.join("\n"))
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(500))]
-
-    #[test]
-    fn any_text_is_read_or_refused_with_places(text in any::<String>()) {
-        if let Err(found) = read(&text, &|_| Some("v".to_owned())) {
-            prop_assert!(found.iter().any(|d| d.severity == Severity::Error));
-            check_places(&text, &found);
-        }
-    }
-
-    /// A configuration cut into two between its models says what the whole says.
-    #[test]
-    fn two_sources_say_what_one_says(sides in prop::collection::vec(any::<bool>(), 1..8), globals in any::<bool>()) {
-        let model = |i: usize| format!("  m{i}: {{cmd: 'x ${{PORT}}', aliases: [a{i}], ttl: {i}}}\n");
-        let head = "globalTTL: 5\nmacros: {k: v}\n";
-        let part = |side: bool| -> String {
-            let mine: String = sides.iter().enumerate().filter(|(_, s)| **s == side).map(|(i, _)| model(i)).collect();
-            format!("{}models:\n{mine}", if side == globals { head } else { "" })
-        };
-        let whole = format!("{head}models:\n{}", (0..sides.len()).map(model).collect::<String>());
-        let (mut one, two) = (sources(&[&whole]).unwrap(), sources(&[&part(true), &part(false)]).unwrap());
-        // The order of the models is that of the sources; everything else is the same.
-        one.models.sort_by(|a, _, b, _| two.models.get_index_of(a).cmp(&two.models.get_index_of(b)));
-        let members = |r: &Registry| match &r.routing {
-            Routing::Groups(groups) => { let mut m = groups["(default)"].members.clone(); m.sort(); m }
-            Routing::Matrix(_) => Vec::new(),
-        };
-        prop_assert_eq!(members(&one), members(&two));
-        prop_assert_eq!(one.models, two.models);
-        prop_assert_eq!(one.globals, two.globals);
-    }
-
-    #[test]
-    fn any_scrambled_configuration_is_read_or_refused_with_places(text in scramble()) {
-        match read(&text, &|_| Some("some value".to_owned())) {
-            Err(found) => {
-                prop_assert!(found.iter().any(|d| d.severity == Severity::Error));
-                check_places(&text, &found);
-            }
-            Ok((registry, found)) => {
-                prop_assert!(found.iter().all(|d| d.severity == Severity::Warning));
-                check_places(&text, &found);
-                prop_assert!(Registry::diff(&registry, &registry).is_empty());
-                // Every name leads to the model that has it.
-                for model in registry.models.values() {
-                    prop_assert_eq!(&registry.model(&model.id).unwrap().id, &model.id);
-                    for alias in &model.aliases {
-                        prop_assert_eq!(&registry.model(alias).unwrap().id, &model.id);
-                    }
-                }
-                prop_assert!(!registry.to_yaml().is_empty());
-            }
-        }
-    }
 }
