@@ -7,43 +7,20 @@
     clippy::indexing_slicing
 )]
 
+mod common;
+
 use std::sync::Arc;
 
 use chat_format::{
-    CallOutcome, Delivery, Delta, EndReason, OutputConfig, OutputParser, ParsedOutput, Reasoning,
-    StopMatcher, ToolFormat, ToolSet,
+    CallOutcome, Delivery, Delta, EndReason, OutputConfig, ParsedOutput, Reasoning, StopMatcher, ToolFormat,
+    ToolSet,
 };
+use common::merged;
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 
-/// Neighbouring deltas of one kind as one.
-fn merged(deltas: Vec<Delta>) -> Vec<Delta> {
-    let mut out: Vec<Delta> = Vec::new();
-    for delta in deltas {
-        match (out.last_mut(), delta) {
-            (Some(Delta::Content(last)), Delta::Content(text)) => last.push_str(&text),
-            (Some(Delta::Reasoning(last)), Delta::Reasoning(text)) => last.push_str(&text),
-            (
-                Some(Delta::ToolCallArguments { index, fragment }),
-                Delta::ToolCallArguments {
-                    index: other,
-                    fragment: more,
-                },
-            ) if *index == other => fragment.push_str(&more),
-            (_, delta) => out.push(delta),
-        }
-    }
-    out
-}
-
 fn run<'a>(config: &OutputConfig, pieces: impl IntoIterator<Item = &'a str>, end: EndReason) -> Vec<Delta> {
-    let mut parser = OutputParser::new(config.clone());
-    let mut deltas = Vec::new();
-    for piece in pieces {
-        parser.push(piece, &mut deltas);
-    }
-    parser.finish(end, &mut deltas);
-    merged(deltas)
+    merged(common::run(config.clone(), pieces, end))
 }
 
 /// Cuts text at the given places (in characters, modulo its length).
