@@ -22,8 +22,8 @@ bench: build
 	tests/bench/run
 
 bench-proxy:
-	cargo build --release -p swapd --bins --examples
-	target/release/examples/proxybench
+	cargo build --profile dist -p swapd --bins --examples
+	target/dist/examples/proxybench
 
 soak:
 	SOAK_SECONDS=600 cargo test -p swapd --test soak -- --nocapture
