@@ -1,7 +1,7 @@
 //! The registry as the proxy asks it: which model answers to a name, under which rules.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use lifecycle::{Abandoned, Config, Fairness, MemoryPolicy, ModelId, Policy};
@@ -23,8 +23,9 @@ pub struct Catalog {
     pub peers: Peers,
     names: HashMap<Box<str>, ModelId>,
     definitions: HashMap<ModelId, Arc<Definition>>,
-    /// Paths below `/upstream` that never start a model.
-    ignored: Vec<Regex>,
+    /// Paths below `/upstream` that never start a model, from the first such request: the machinery for patterns is a
+    /// large part of the program, which most never need.
+    ignored: OnceLock<Vec<Regex>>,
     /// By requested name; names that change nothing are absent.
     rewrites: HashMap<Box<str>, Rewrite>,
 }
@@ -61,15 +62,8 @@ impl Catalog {
         }
         // A model's own id wins over any alias.
         names.extend(definitions.keys().map(|id| (Box::from(&**id), id.clone())));
-        // The registry has checked the patterns.
-        let ignored = registry
-            .globals
-            .ignore_paths
-            .iter()
-            .filter_map(|p| Regex::new(p).ok())
-            .collect();
         Self {
-            ignored,
+            ignored: OnceLock::new(),
             peers: Peers::new(&registry, before.map(|b| &b.peers)),
             registry: Arc::new(registry),
             names,
@@ -93,7 +87,12 @@ impl Catalog {
     /// Whether a request for this path below `/upstream` never starts a model.
     #[must_use]
     pub fn never_starts(&self, path: &str) -> bool {
-        self.ignored.iter().any(|p| p.is_match(path))
+        let ignored = self.ignored.get_or_init(|| {
+            let patterns = self.registry.globals.ignore_paths.iter();
+            // The registry has checked them.
+            patterns.filter_map(|p| Regex::new(p).ok()).collect()
+        });
+        ignored.iter().any(|p| p.is_match(path))
     }
 
     /// Where the longest id, alias or peer's model that `path` (without a leading slash) begins with leads, and what
