@@ -1,7 +1,8 @@
 //! A client's connection as hyper writes to it: head, body and the marks of chunks are pieces of their own, which the
 //! kernel takes apart again one by one. Those of a small message go as one.
 
-use std::io::{Error, IoSlice, Write};
+use std::cell::RefCell;
+use std::io::{Error, IoSlice};
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
@@ -9,6 +10,11 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 /// Largest message that is worth a copy.
 const SMALL: usize = 2 * 1024;
+
+thread_local! {
+    /// Where pieces come together: connections that wait hold no room for it.
+    static TOGETHER: RefCell<Vec<u8>> = RefCell::new(Vec::with_capacity(SMALL));
+}
 
 /// A stream that puts small pieces together.
 #[derive(Debug)]
@@ -42,12 +48,11 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Joined<T> {
         if pieces.len() < 2 || all > SMALL {
             return Pin::new(&mut self.0).poll_write_vectored(cx, pieces);
         }
-        let mut room = [0; SMALL];
-        let mut rest = room.as_mut_slice();
-        for piece in pieces {
-            rest.write_all(piece)?;
-        }
-        Pin::new(&mut self.0).poll_write(cx, room.get(..all).unwrap_or_default())
+        TOGETHER.with_borrow_mut(|together| {
+            together.clear();
+            pieces.iter().for_each(|piece| together.extend_from_slice(piece));
+            Pin::new(&mut self.0).poll_write(cx, together)
+        })
     }
 
     fn is_write_vectored(&self) -> bool {

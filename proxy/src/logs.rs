@@ -26,7 +26,7 @@ const LIVE_LINES: usize = 256;
 
 thread_local! {
     /// Where a line is put together.
-    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    static SCRATCH: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
 /// Whose line it is.
@@ -142,24 +142,24 @@ impl Logs {
 
     /// Adds a line of the proxy's own at level `INFO`: as the log does it, without the machinery for events with fields,
     /// which costs more than all the rest of a small request's bookkeeping.
-    pub(crate) fn inform(&self, write: impl FnOnce(&mut Vec<u8>)) {
+    pub(crate) fn inform(&self, write: impl FnOnce(&mut String)) {
         let form = self.inner.form.get().copied().unwrap_or_default();
         SCRATCH.with_borrow_mut(|text| {
             text.clear();
             if let Some(time) = form.time.and_then(logline::now) {
-                text.extend_from_slice(time.as_bytes());
-                text.push(b' ');
+                text.push_str(&time);
+                text.push(' ');
             }
-            text.extend_from_slice(b"[INFO] ");
+            text.push_str("[INFO] ");
             write(text);
-            text.truncate(MAX_LINE);
-            text.push(b'\n');
+            text.truncate(text.floor_char_boundary(MAX_LINE));
+            text.push('\n');
             if form.stdout {
-                self.inner.stdout().write(text);
+                self.inner.stdout().write(text.as_bytes());
             }
             self.keep(Line {
                 source: Source::Proxy,
-                text: Bytes::copy_from_slice(text),
+                text: Bytes::copy_from_slice(text.as_bytes()),
             });
             text.shrink_to(MAX_LINE);
         });

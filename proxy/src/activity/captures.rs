@@ -65,6 +65,13 @@ fn is_text(headers: &HeaderMap) -> bool {
         .map(HeaderValue::as_bytes)
         .unwrap_or_default()
         .trim_ascii_start();
+    if headers.contains_key(CONTENT_ENCODING) {
+        return false;
+    }
+    // What most are.
+    if kind.starts_with(b"application/json") || kind.starts_with(b"text/") {
+        return true;
+    }
     let binary = [
         "audio/",
         "image/",
@@ -79,7 +86,7 @@ fn is_text(headers: &HeaderMap) -> bool {
         kind.get(..b.len())
             .is_some_and(|begin| begin.eq_ignore_ascii_case(b.as_bytes()))
     };
-    !binary.iter().any(is) && !headers.contains_key(CONTENT_ENCODING)
+    !binary.iter().any(is)
 }
 
 impl Recording {

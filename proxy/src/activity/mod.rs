@@ -433,7 +433,8 @@ mod tests {
             assert_eq!(activity.running().len(), 1);
             trace.forwarded();
             trace.head(status, "application/json");
-            trace.piece(br#"{"usage":{"prompt_tokens":3,"completion_tokens":2}}"#);
+            let reply = br#"{"usage":{"prompt_tokens":3,"completion_tokens":2}}"#;
+            trace.piece(reply, Instant::now());
             trace.complete();
         }
         drop(activity.begin("m".into(), http::Method::POST, "/v1/x".into(), "::1".into()));

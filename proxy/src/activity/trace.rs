@@ -107,11 +107,9 @@ impl Trace {
         content_type.clone_into(&mut self.content_type);
     }
 
-    /// A piece of the reply's body.
-    pub fn piece(&mut self, bytes: &[u8]) {
-        if self.first_byte.is_none() {
-            self.first_byte = Some(Instant::now());
-        }
+    /// A piece of the reply's body, which has arrived `now`.
+    pub fn piece(&mut self, bytes: &[u8], now: Instant) {
+        self.first_byte.get_or_insert(now);
         self.meter.feed(bytes);
         if let Some(recording) = &mut self.recording {
             recording.piece(bytes);

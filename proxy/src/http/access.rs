@@ -1,6 +1,6 @@
 //! The access log: one line for each request, written when its reply has ended.
 
-use std::io::Write;
+use std::fmt::Write;
 use std::net::IpAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -8,10 +8,11 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use http::header::USER_AGENT;
-use http::{Request, Response, Version};
+use http::{Request, Response, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 
 use super::body::{Body, Broken};
+use super::headers;
 use crate::logs::Logs;
 
 /// Paths that are asked for by machines, all the time.
@@ -21,12 +22,11 @@ const QUIET: [&str; 3] = ["/wol-health", "/api/performance", "/metrics"];
 #[derive(Debug)]
 struct Entry {
     logs: Logs,
-    client: IpAddr,
-    /// The request line without what follows the path, and behind it the client's name for itself.
+    /// The line up to the status, and behind it the client's name for itself.
     told: String,
     agent: usize,
     begun: Instant,
-    status: u16,
+    status: StatusCode,
     bytes: u64,
 }
 
@@ -34,20 +34,25 @@ impl Drop for Entry {
     fn drop(&mut self) {
         let time = self.begun.elapsed();
         let (request, agent) = self.told.split_at_checked(self.agent).unwrap_or_default();
-        let Self {
-            logs,
-            client,
-            status,
-            bytes,
-            ..
-        } = self;
-        logs.inform(|line| {
-            let _ = write!(
-                line,
-                "Request {client} \"{request}\" {status} {bytes} \"{agent}\" {time:?}"
-            );
+        // Piece by piece: a format's arguments are handed over one by one, each by a call that nobody can look through.
+        self.logs.inform(|line| {
+            line.push_str(request);
+            line.push_str(self.status.as_str());
+            line.push(' ');
+            push_number(line, self.bytes);
+            line.push_str(" \"");
+            line.push_str(agent);
+            line.push_str("\" ");
+            let _ = write!(line, "{time:?}");
         });
     }
+}
+
+fn push_number(line: &mut String, n: u64) {
+    if n >= 10 {
+        push_number(line, n / 10);
+    }
+    line.push(char::from(b'0' + u8::try_from(n % 10).unwrap_or_default()));
 }
 
 /// A request whose line is still to be written, if it is to have one.
@@ -67,8 +72,11 @@ pub(super) fn begin<B>(logs: &Logs, client: IpAddr, request: &Request<B>) -> Beg
         Version::HTTP_2 => "HTTP/2.0",
         _ => "HTTP/1.1",
     };
-    let method = request.method().as_str();
-    let mut told = String::with_capacity(method.len() + path.len() + version.len() + agent.len() + 2);
+    let (client, method) = (headers::shown(client), request.method().as_str());
+    let mut told = String::with_capacity(client.len() + method.len() + path.len() + agent.len() + 32);
+    told.push_str("Request ");
+    told.push_str(&client);
+    told.push_str(" \"");
     told.push_str(method);
     told.push(' ');
     if path.bytes().all(|b| b.is_ascii_graphic()) {
@@ -79,15 +87,15 @@ pub(super) fn begin<B>(logs: &Logs, client: IpAddr, request: &Request<B>) -> Beg
     }
     told.push(' ');
     told.push_str(version);
+    told.push_str("\" ");
     let behind = told.len();
     told.push_str(agent);
     Begun(Some(Box::new(Entry {
         logs: logs.clone(),
-        client,
         told,
         agent: behind,
         begun: Instant::now(),
-        status: 0,
+        status: StatusCode::OK,
         bytes: 0,
     })))
 }
@@ -95,7 +103,7 @@ pub(super) fn begin<B>(logs: &Logs, client: IpAddr, request: &Request<B>) -> Beg
 /// Its reply, counted on the way out.
 pub(super) fn count(response: Response<Body>, Begun(mut entry): Begun) -> Response<Counted> {
     if let Some(entry) = &mut entry {
-        entry.status = response.status().as_u16();
+        entry.status = response.status();
     }
     response.map(|body| Counted { body, entry })
 }
@@ -126,5 +134,60 @@ impl HttpBody for Counted {
 
     fn size_hint(&self) -> SizeHint {
         self.body.size_hint()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(request: http::request::Builder, reply: &'static str) -> String {
+        let logs = Logs::default();
+        let request = request.body(()).unwrap();
+        let client = IpAddr::from([127, 0, 0, 1]);
+        // Without a subscriber every level is off.
+        let subscriber = tracing_subscriber::fmt()
+            .with_writer(std::io::sink)
+            .with_max_level(tracing::Level::INFO)
+            .finish();
+        let begun = tracing::subscriber::with_default(subscriber, || begin(&logs, client, &request));
+        let mut counted = count(
+            Response::new(Body::Full(Bytes::from_static(reply.as_bytes()))),
+            begun,
+        );
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        assert!(Pin::new(&mut counted).poll_frame(&mut cx).is_ready());
+        drop(counted);
+        String::from_utf8(logs.history(|_| true)).unwrap()
+    }
+
+    #[test]
+    fn numbers_and_what_a_client_sends_are_told_as_they_are() {
+        let long = "x".repeat(1_090);
+        let cases = [
+            (
+                Request::get("/v1/models?key=secret"),
+                "",
+                "GET /v1/models HTTP/1.1\" 200 0 \"\"",
+            ),
+            (
+                Request::put("/a%1bb")
+                    .header("user-agent", "c/1 (\"x\")")
+                    .version(Version::HTTP_2),
+                "0123456789",
+                "PUT /a%1bb HTTP/2.0\" 200 10 \"c/1 (\"x\")\"",
+            ),
+            (Request::get("/"), long.leak(), "GET / HTTP/1.1\" 200 1090 \"\""),
+        ];
+        for (request, reply, expected) in cases {
+            let line = line(request, reply);
+            let begin = format!("[INFO] Request 127.0.0.1 \"{expected} ");
+            assert!(line.starts_with(&begin) && line.ends_with("s\n"), "{line}");
+        }
+        // Bytes that are no text of their own do not reach a terminal.
+        let odd = Request::get("/\u{9b}31mred");
+        if odd.uri_ref().is_some() {
+            assert!(line(odd, "").contains("GET /\\u{9b}31mred "));
+        }
     }
 }

@@ -250,8 +250,8 @@ impl UpstreamBody {
         match next {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
-                    self.trace.piece(data);
                     self.last_piece = Instant::now();
+                    self.trace.piece(data, self.last_piece);
                     self.between_events = data.ends_with(b"\n\n") || data.ends_with(b"\r\n\r\n");
                 }
                 // A body of known length is not asked for more after its last byte.

@@ -1,6 +1,7 @@
 //! HTTP/1.1 as the client's end speaks it (RFC 9112): a request's head out, a reply's head and chunks in.
 
 use std::io::{Error, ErrorKind};
+use std::mem::MaybeUninit;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING};
@@ -93,9 +94,11 @@ pub(super) fn take_head(received: &mut BytesMut, method: &Method) -> Result<Opti
         };
         // The values of the headers share the bytes of the head.
         let head = received.split_to(length).freeze();
-        let mut headers = [httparse::EMPTY_HEADER; MAX_HEADERS];
-        let mut parsed = httparse::Response::new(&mut headers);
-        match parsed.parse(&head) {
+        // Four kilobytes that nobody needs to be blank.
+        let mut headers = [const { MaybeUninit::uninit() }; MAX_HEADERS];
+        let mut parsed = httparse::Response::new(&mut []);
+        let parser = httparse::ParserConfig::default();
+        match parser.parse_response_with_uninit_headers(&mut parsed, &head, &mut headers) {
             Ok(httparse::Status::Complete(_)) => {}
             Err(httparse::Error::TooManyHeaders) => return Err(invalid("the reply's head is too large")),
             Ok(httparse::Status::Partial) | Err(_) => return Err(invalid("the reply is not HTTP/1.1")),
