@@ -148,7 +148,8 @@ impl Watched {
             }
             seen = now;
         }
-        self.writing.lock().files.clear();
+        // A link may lead to a file of another name now.
+        *self.writing.lock() = Writing::of(&self.paths);
         self.rested = seen;
     }
 
@@ -376,6 +377,44 @@ mod tests {
         assert!(!unfinished(false, &[made, moved, data], false));
         // And it may mention again how the file that is written to now once came to its place.
         assert!(unfinished(false, &[made, moved, data], true));
+    }
+
+    /// With the system's own events: what is moved into place counts at once, what is being written does not.
+    #[tokio::test]
+    async fn a_file_in_its_place_is_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("config.yaml"), "a").unwrap();
+        let paths = Paths {
+            config: Some(at("config.yaml")),
+            config_dir: None,
+        };
+        let mut watched = Watched::new(&paths);
+        watched.rest(true).await;
+        std::fs::write(at("new"), "b").unwrap();
+        let begun = Instant::now();
+        std::fs::rename(at("new"), at("config.yaml")).unwrap();
+        assert!(watched.changed().await);
+        assert!(begun.elapsed() < WRITING, "replaced: {:?}", begun.elapsed());
+        std::fs::write(at("store"), "c").unwrap();
+        std::os::unix::fs::symlink(at("store"), at("link")).unwrap();
+        let begun = Instant::now();
+        std::fs::rename(at("link"), at("config.yaml")).unwrap();
+        assert!(watched.changed().await);
+        assert!(begun.elapsed() < WRITING, "linked: {:?}", begun.elapsed());
+        // Only Linux tells of closing.
+        if cfg!(target_os = "linux") {
+            let mut file = std::fs::File::create(at("store")).unwrap();
+            std::io::Write::write_all(&mut file, b"d").unwrap();
+            let mut changed = std::pin::pin!(watched.changed());
+            let waited = tokio::time::timeout(4 * SETTLE, &mut changed).await;
+            assert!(waited.is_err(), "it is still being written");
+            drop(file);
+            assert!(
+                tokio::time::timeout(WRITING, changed).await.unwrap_or(false),
+                "it is closed"
+            );
+        }
     }
 
     /// Nix's store: equal sizes, one time for all files, and the link of a directory that moves.

@@ -50,8 +50,12 @@ fn a_command_of_its_own_stops_the_model() {
 /// Neither one that has nothing left to stop nor one that stops nothing.
 #[test]
 fn a_stop_command_that_hangs_is_ended() {
-    for kill in ["kill -TERM ${PID};", ""] {
-        let swapd = Swapd::start(&format!(
+    for (kill, end) in [
+        ("kill -TERM ${PID};", false),
+        ("", false),
+        ("kill -TERM ${PID};", true),
+    ] {
+        let mut swapd = Swapd::start(&format!(
             "unloadTimeout: 1
 models:
   m:
@@ -63,12 +67,17 @@ models:
         assert_eq!(swapd.chat("m", "").status, 200);
         let (_, server) = swapd.journalled("ready")[0];
         let begun = Instant::now();
-        assert_eq!(swapd.get("/unload").body, "OK");
+        if end {
+            signal(swapd.child.id(), Signal::SIGTERM);
+            assert_eq!(swapd.exit_code(SOON), Some(0));
+        } else {
+            assert_eq!(swapd.get("/unload").body, "OK");
+        }
         assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
         let stopper = std::fs::read_to_string(swapd.dir.path().join("stopper")).unwrap();
         assert!(
             !alive(server) && !alive(stopper.trim().parse().unwrap()),
-            "{kill}"
+            "{kill} {end}"
         );
     }
 }
