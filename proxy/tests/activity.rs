@@ -131,6 +131,31 @@ routing: {scheduler: {use: fifo, settings: {fifo: {priority: {m: 7}}}}}
     assert_eq!(rows[0].get("error_msg"), None);
 }
 
+/// llama-swap: what a model's own page asks for (scripts, pictures, its state every second) leaves no rows.
+#[test]
+fn only_inference_becomes_rows() {
+    let swapd = Swapd::start(ONE);
+    let body = chat_body("m", "");
+    assert_eq!(swapd.post("/upstream/m/own/api", &body).status, 200);
+    for path in [
+        "/upstream/m/app.js",
+        "/upstream/m/",
+        "/upstream/m/v1/models",
+        "/props?model=m",
+    ] {
+        assert!(swapd.get(path).status < 400, "{path}");
+    }
+    assert!(rows(&swapd).is_empty());
+    assert_eq!(swapd.get("/api/captures/1").status, 404);
+    assert!(!swapd.get("/metrics").body.contains("swapd_requests_total{"));
+    swapd.post("/upstream/m/v1/chat/completions", &body);
+    swapd.post("/v/chat/completions", &body);
+    let rows = rows(&swapd);
+    let paths: Vec<&str> = rows.iter().map(|r| r["req_path"].as_str().unwrap()).collect();
+    assert_eq!(paths, ["/upstream/m/v1/chat/completions", "/v/chat/completions"]);
+    assert_eq!(rows[0]["tokens"]["input_tokens"], 7);
+}
+
 #[test]
 fn no_buffer_no_captures_and_a_reload_changes_it() {
     let off = format!("captureBuffer: 0\n{ONE}");

@@ -172,6 +172,68 @@ fn events_tell_of_a_reload_that_failed() {
 }
 
 #[test]
+fn requests_in_flight_are_shown_with_their_progress() {
+    let swapd = Swapd::start("models: {m: {worker: {model: DIR}}}\nui: {activity: {session_id: [X-Mine]}}");
+    assert_eq!(swapd.chat("m", "").status, 200);
+    let headers =
+        "X-Mine: session 7\r\nAuthorization: Bearer hush\r\nX-Forwarded-For: 10.1.2.3, 10.0.0.1\r\n";
+    let body = common::chat_body("m", r#""stream":true,"events":400,"gap_ms":20"#);
+    let mut open = None;
+    let found = events(
+        &swapd,
+        || open = Some(swapd.open("POST", "/v1/chat/completions", headers, &body)),
+        |kind, data| kind == "inflight" && data["request"]["resp_bytes"].as_u64() > Some(300),
+    );
+    let (_, ui) = found.iter().find(|(kind, _)| kind == "uiConfig").unwrap();
+    assert_eq!(ui["activity"]["session_id"], json!(["X-Mine"]));
+    let request = &found.last().unwrap().1["request"];
+    assert_eq!(request["req_headers"]["x-mine"], "session 7");
+    assert_eq!(request["req_headers"]["authorization"], "[REDACTED]");
+    assert_eq!(request["resp_headers"]["content-type"], "text/event-stream");
+    assert_eq!(request["remote_ip"], "10.1.2.3");
+    let told: Vec<&Value> = found
+        .iter()
+        .filter(|(_, data)| data["operation"] == "upsert")
+        .map(|(_, data)| &data["request"])
+        .collect();
+    assert_eq!(
+        (&told[0]["resp_bytes"], &told[0]["resp_headers"]),
+        (&json!(0), &json!({}))
+    );
+    // At most every 250 ms: 300 bytes are more events than were told of.
+    assert!((2..=8).contains(&told.len()), "{told:?}");
+}
+
+#[test]
+fn websockets_are_shown_and_can_be_ended() {
+    let swapd = Swapd::start(ONE);
+    let upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
+    let mut open = None;
+    let found = events(
+        &swapd,
+        || open = Some(swapd.open("GET", "/v1/realtime?model=m", upgrade, "")),
+        |kind, data| kind == "inflight" && data["request"]["resp_headers"]["upgrade"] == "websocket",
+    );
+    let mut open = open.unwrap();
+    assert_eq!(open.status, 101);
+    let request = &found.last().unwrap().1["request"];
+    assert_eq!(
+        (&request["req_path"], &request["method"]),
+        (&json!("/v1/realtime"), &json!("GET"))
+    );
+    let cancel = format!("/api/inflight/{}/cancel", request["id"]);
+    assert_eq!(swapd.post(&cancel, "").status, 200);
+    let mut rest = Vec::new();
+    // The connection ends, cleanly or not.
+    let _ = std::io::Read::read_to_end(&mut open.reader, &mut rest);
+    assert!(rest.is_empty());
+    eventually("it is gone", Duration::from_secs(2), || {
+        let ended = swapd.journal().contains("upgrade ended");
+        (ended && swapd.post(&cancel, "").status == 404 && swapd.running()[0]["inflight"] == 0).then_some(())
+    });
+}
+
+#[test]
 fn a_model_that_is_slow_to_stop_holds_no_other_up() {
     // llama-swap: every request to every model waited for it.
     let swapd = Swapd::start(

@@ -4,6 +4,7 @@
 //! a capture: a stream is copied as it passes, and what is large is packed on another thread.
 
 use std::collections::{HashSet, VecDeque};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -32,6 +33,8 @@ const PART: usize = 4;
 const SMALL: usize = 1024;
 /// Larger ones are packed on another thread.
 const LARGE: usize = 16 * 1024;
+/// A request that holds no more than this until its end takes nothing from what all share.
+const FREE: usize = 4 * 1024;
 /// Memory that small captures share.
 const SHELF: usize = 64 * 1024;
 /// Largest capture that is unpacked: what is larger was not made here.
@@ -49,6 +52,32 @@ pub struct Recording {
     reply_at: usize,
     /// Where its body begins, if it is kept: behind its length, which is known at the end.
     body_at: Option<usize>,
+    /// Bytes taken from what all share.
+    taken: usize,
+}
+
+/// Memory that captures hold before their requests have ended: as much as may be kept of finished ones.
+#[derive(Debug, Default)]
+pub struct Flying {
+    limit: AtomicUsize,
+    used: AtomicUsize,
+}
+
+impl Flying {
+    /// Whether there was room for so many bytes more.
+    fn take(&self, bytes: usize) -> bool {
+        let limit = self.limit.load(Ordering::Relaxed);
+        let more = |used: usize| used.checked_add(bytes).filter(|sum| *sum <= limit);
+        self.used
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+            .is_ok()
+    }
+
+    pub(super) fn give_back(&self, bytes: usize) {
+        if bytes > 0 {
+            self.used.fetch_sub(bytes, Ordering::Relaxed);
+        }
+    }
 }
 
 /// The length of a part that was not kept.
@@ -90,10 +119,19 @@ fn is_text(headers: &HeaderMap) -> bool {
 }
 
 impl Recording {
-    /// Begins with the request; `room` is the largest body that is kept.
+    /// Begins with the request, whose headers are written down as `lines` says; `room` is the largest body that is
+    /// kept.
     #[must_use]
-    pub fn new(path: &str, headers: &HeaderMap, body: &Bytes, room: usize) -> Self {
-        let keep = is_text(headers) && body.len() <= room;
+    pub fn new(
+        path: &str,
+        headers: &HeaderMap,
+        lines: &[u8],
+        body: &Bytes,
+        room: usize,
+        flying: &Flying,
+    ) -> Self {
+        let large = body.len() > FREE;
+        let keep = is_text(headers) && body.len() <= room && (!large || flying.take(body.len()));
         let copy = if keep && body.len() <= LARGE {
             body.len()
         } else {
@@ -103,7 +141,7 @@ impl Recording {
         plain.push(0);
         plain.extend_from_slice(&length(path.len()));
         plain.extend_from_slice(path.as_bytes());
-        push_lines(&mut plain, headers);
+        push_part(&mut plain, lines);
         plain.extend_from_slice(&if keep { length(body.len()) } else { LEFT_OUT });
         let aside = if copy < body.len() && keep {
             Some((plain.len(), body.clone()))
@@ -117,29 +155,58 @@ impl Recording {
             plain,
             aside,
             body_at: None,
+            taken: if keep && large { body.len() } else { 0 },
         }
     }
 
-    /// The reply's head.
-    pub fn reply(&mut self, headers: &HeaderMap) {
+    /// The reply's head, whose headers are written down as `lines` says.
+    pub fn reply(&mut self, headers: &HeaderMap, lines: &[u8]) {
         self.plain.truncate(self.reply_at);
-        push_lines(&mut self.plain, headers);
+        push_part(&mut self.plain, lines);
         self.plain.extend_from_slice(&LEFT_OUT);
         self.body_at = is_text(headers).then_some(self.plain.len());
     }
 
     /// A piece of the reply's body.
-    pub fn piece(&mut self, piece: &[u8]) {
+    pub fn piece(&mut self, piece: &[u8], flying: &Flying) {
         let Some(at) = self.body_at else {
             return;
         };
-        if self.plain.len() - at + piece.len() <= self.room {
+        let fits = self.plain.len() - at + piece.len() <= self.room;
+        if fits {
             self.plain.extend_from_slice(piece);
-        } else {
+        }
+        if !fits || !self.is_paid(flying) {
             self.plain.truncate(at);
             self.plain.shrink_to_fit();
             self.body_at = None;
+            let less = self.taken.saturating_sub(self.held());
+            self.taken -= less;
+            flying.give_back(less);
         }
+    }
+
+    /// Memory that it holds.
+    fn held(&self) -> usize {
+        self.plain.capacity() + self.aside.as_ref().map_or(0, |(_, body)| body.len())
+    }
+
+    /// Whether the memory that it holds is within its own part, or could be taken from what all share.
+    fn is_paid(&mut self, flying: &Flying) -> bool {
+        let held = self.held();
+        if held <= self.taken.max(FREE) {
+            return true;
+        }
+        let paid = flying.take(held - self.taken);
+        if paid {
+            self.taken = held;
+        }
+        paid
+    }
+
+    /// What has to be given back to [`Flying`].
+    pub(super) fn taken(&self) -> usize {
+        self.taken
     }
 
     /// Bytes of it.
@@ -177,10 +244,9 @@ impl Recording {
     }
 }
 
-/// Headers as a part: one a line, secrets blanked.
-fn push_lines(out: &mut Vec<u8>, headers: &HeaderMap) {
-    let begin = out.len();
-    out.extend_from_slice(&LEFT_OUT);
+/// Headers one a line, secrets blanked.
+pub(super) fn lines(headers: &HeaderMap) -> Vec<u8> {
+    let mut out = Vec::with_capacity(512);
     for (name, value) in headers {
         out.extend_from_slice(name.as_str().as_bytes());
         out.extend_from_slice(b": ");
@@ -188,10 +254,26 @@ fn push_lines(out: &mut Vec<u8>, headers: &HeaderMap) {
         out.extend_from_slice(if blank { b"[REDACTED]" } else { value.as_bytes() });
         out.push(b'\n');
     }
-    let bytes = length(out.len() - begin - LEFT_OUT.len());
-    if let Some(place) = out.get_mut(begin..begin + bytes.len()) {
-        place.copy_from_slice(&bytes);
+    out
+}
+
+/// Headers written by `lines` as they are shown.
+pub(super) fn shown(lines: &[u8]) -> Map<String, Value> {
+    let mut map = Map::new();
+    let text = String::from_utf8_lossy(lines);
+    for (name, value) in text.lines().filter_map(|l| l.split_once(": ")) {
+        let joined = match map.get(name).and_then(Value::as_str) {
+            Some(before) => format!("{before}, {value}"),
+            None => value.to_owned(),
+        };
+        map.insert(name.to_owned(), joined.into());
     }
+    map
+}
+
+fn push_part(out: &mut Vec<u8>, part: &[u8]) {
+    out.extend_from_slice(&length(part.len()));
+    out.extend_from_slice(part);
 }
 
 /// A capture to be shown.
@@ -243,26 +325,14 @@ impl Captured {
     /// In llama-swap's form; a body that was not kept is empty, and its `..._left_out` is true.
     #[must_use]
     pub fn to_json(&self, id: u64) -> Value {
-        let headers = |text: &[u8]| {
-            let mut map = Map::new();
-            let text = String::from_utf8_lossy(text);
-            for (name, value) in text.lines().filter_map(|l| l.split_once(": ")) {
-                let joined = match map.get(name).and_then(Value::as_str) {
-                    Some(before) => format!("{before}, {value}"),
-                    None => value.to_owned(),
-                };
-                map.insert(name.to_owned(), joined.into());
-            }
-            map
-        };
         let body = |body: &Option<Vec<u8>>| STANDARD.encode(body.as_deref().unwrap_or_default());
         json!({
             "id": id,
             "req_path": self.path,
-            "req_headers": headers(&self.request),
+            "req_headers": shown(&self.request),
             "req_body": body(&self.request_body),
             "req_body_left_out": self.request_body.is_none(),
-            "resp_headers": headers(&self.reply),
+            "resp_headers": shown(&self.reply),
             "resp_body": body(&self.reply_body),
             "resp_body_left_out": self.reply_body.is_none(),
         })
@@ -273,6 +343,8 @@ impl Captured {
 #[derive(Debug, Default)]
 pub struct Captures {
     inner: Mutex<Held>,
+    /// Of requests that have not ended.
+    pub(super) flying: Flying,
 }
 
 #[derive(Debug, Default)]
@@ -321,6 +393,7 @@ impl Captures {
     /// Another limit. `elsewhere`: they are kept in a database from now on.
     pub fn set_limit(&self, megabytes: u64, elsewhere: bool) {
         let limit = usize::try_from(megabytes).map_or(usize::MAX, |m| m.saturating_mul(1 << 20));
+        self.flying.limit.store(limit, Ordering::Relaxed);
         let mut held = self.inner.lock();
         held.limit = limit;
         held.shrink(if elsewhere { 0 } else { limit });
@@ -386,6 +459,13 @@ mod tests {
         pairs.iter().map(pair).collect()
     }
 
+    fn plenty() -> Flying {
+        Flying {
+            limit: usize::MAX.into(),
+            ..Flying::default()
+        }
+    }
+
     fn recording(kind: &'static str, body: &str) -> Recording {
         let request = headers(&[
             ("content-type", "application/json"),
@@ -393,15 +473,12 @@ mod tests {
             ("x-api-key", "secret"),
             ("x-a", "1"),
         ]);
-        let mut recording = Recording::new(
-            "/v1/x",
-            &request,
-            &Bytes::copy_from_slice(body.as_bytes()),
-            100_000,
-        );
-        recording.reply(&headers(&[("content-type", kind), ("set-cookie", "secret")]));
-        recording.piece(b"data: 1\n\n");
-        recording.piece(b"data: 2\n\n");
+        let body = Bytes::copy_from_slice(body.as_bytes());
+        let mut recording = Recording::new("/v1/x", &request, &lines(&request), &body, 100_000, &plenty());
+        let reply = headers(&[("content-type", kind), ("set-cookie", "secret")]);
+        recording.reply(&reply, &lines(&reply));
+        recording.piece(b"data: 1\n\n", &plenty());
+        recording.piece(b"data: 2\n\n", &plenty());
         recording
     }
 
@@ -439,11 +516,18 @@ mod tests {
             (None, Some(b"{}".to_vec()))
         );
         let mut big = recording("text/plain", &"x".repeat(100_001));
-        big.piece(&[b'y'; 100_000]);
-        big.piece(b"more");
+        big.piece(&[b'y'; 100_000], &plenty());
+        big.piece(b"more", &plenty());
         let captured = Captured::unpack(&big.pack()).unwrap();
         assert_eq!((captured.reply_body, captured.request_body), (None, None));
-        let unanswered = Recording::new("/v1/x", &HeaderMap::new(), &Bytes::from_static(b"{}"), 10);
+        let unanswered = Recording::new(
+            "/v1/x",
+            &HeaderMap::new(),
+            b"",
+            &Bytes::from_static(b"{}"),
+            10,
+            &plenty(),
+        );
         let captured = Captured::unpack(&unanswered.pack()).unwrap();
         assert_eq!(
             (captured.reply, captured.reply_body, captured.request_body),
@@ -454,12 +538,51 @@ mod tests {
     #[test]
     fn a_second_head_takes_the_place_of_the_first() {
         let mut again = recording("text/plain", "{}");
-        again.reply(&headers(&[("content-type", "text/plain")]));
-        again.piece(b"right");
+        let reply = headers(&[("content-type", "text/plain")]);
+        again.reply(&reply, &lines(&reply));
+        again.piece(b"right", &plenty());
         let captured = Captured::unpack(&again.pack()).unwrap();
         assert_eq!(
             (captured.reply, captured.reply_body),
             (b"content-type: text/plain\n".to_vec(), Some(b"right".to_vec()))
+        );
+    }
+
+    #[test]
+    fn what_has_not_ended_shares_one_room() {
+        let captures = Captures::default();
+        captures.set_limit(1, false);
+        let (flying, room) = (&captures.flying, captures.room());
+        let text = headers(&[("content-type", "text/plain")]);
+        let begin = |body: usize| {
+            let body = Bytes::from(vec![b'x'; body]);
+            let mut recording = Recording::new("/", &text, b"", &body, room, flying);
+            recording.reply(&text, b"");
+            recording
+        };
+        let mut all: Vec<Recording> = (0..100)
+            .map(|i| begin(if i % 10 == 0 { 20_000 } else { 10 }))
+            .collect();
+        for _ in 0..100 {
+            for recording in &mut all {
+                recording.piece(&[b'y'; 1_000], flying);
+                assert!(flying.used.load(Ordering::Relaxed) <= 1 << 20);
+            }
+        }
+        let held: usize = all.iter().map(Recording::held).sum();
+        assert!(held <= (1 << 20) + 100 * FREE, "{held}");
+        assert!(all.iter().any(|r| r.body_at.is_some()), "some are kept");
+        for recording in all {
+            flying.give_back(recording.taken());
+            assert!(Captured::unpack(&recording.pack()).is_some());
+        }
+        assert_eq!(flying.used.load(Ordering::Relaxed), 0);
+        let mut small = begin(10);
+        small.piece(b"yes", flying);
+        assert_eq!(small.taken(), 0, "most take nothing");
+        assert_eq!(
+            Captured::unpack(&small.pack()).unwrap().reply_body,
+            Some(b"yes".to_vec())
         );
     }
 

@@ -12,9 +12,11 @@ pub mod store;
 mod trace;
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use http::HeaderMap;
 use indexmap::IndexMap;
 use lifecycle::ModelId;
 use parking_lot::Mutex;
@@ -178,9 +180,22 @@ fn speed(tokens: Option<u64>, time: Option<Duration>) -> Option<f64> {
     }
 }
 
+/// What is made of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Shown while it runs; counted and kept as a row when it has ended.
+    Metered,
+    /// Shown while it runs.
+    Shown,
+    /// Neither: a part of a model's own page.
+    Passing,
+}
+
 /// A request that runs.
 #[derive(Debug)]
 pub struct Running {
+    /// What is made of it.
+    pub kind: Kind,
     /// Name for cancelling; ascending.
     pub id: u64,
     /// Unix time of its arrival, milliseconds.
@@ -197,21 +212,39 @@ pub struct Running {
     pub begun: Instant,
     /// Where it is told to end.
     pub wire: Arc<Wire>,
+    /// Its headers, one a line, secrets blanked; empty if it is not shown.
+    head: Vec<u8>,
+    /// The reply's, once they are there.
+    reply: OnceLock<Vec<u8>>,
+    /// Bytes of the reply's body so far.
+    bytes: AtomicU64,
 }
 
 impl Running {
-    /// In llama-swap's form.
+    /// In llama-swap's form. Whoever stands between has said for whom it asks.
     #[must_use]
     pub fn to_json(&self) -> Value {
+        let head = captures::shown(&self.head);
+        let origin = head.get("x-forwarded-for").and_then(Value::as_str);
+        let origin = origin.and_then(|list| list.split(',').next()).map(str::trim);
         json!({
             "id": self.id,
             "timestamp": rfc3339(self.unix_ms),
             "model": &*self.model,
             "req_path": self.path,
             "method": self.method.as_str(),
-            "remote_ip": self.client,
+            "remote_ip": origin.filter(|o| !o.is_empty()).unwrap_or(&self.client),
+            "req_headers": head,
+            "resp_headers": captures::shown(self.reply.get().map_or(&[], Vec::as_slice)),
+            "resp_bytes": self.bytes.load(Ordering::Relaxed),
             "elapsed_ms": u64::try_from(self.begun.elapsed().as_millis()).unwrap_or(u64::MAX),
         })
+    }
+
+    /// How far its reply has come: whether its head is there, and the bytes so far.
+    #[must_use]
+    pub fn progress(&self) -> (bool, u64) {
+        (self.reply.get().is_some(), self.bytes.load(Ordering::Relaxed))
     }
 
     /// Whether somebody has cancelled it.
@@ -277,11 +310,17 @@ impl Activity {
     #[must_use]
     pub fn begin(
         self: &Arc<Self>,
+        kind: Kind,
         model: ModelId,
         method: http::Method,
         path: String,
         client: String,
+        headers: &HeaderMap,
     ) -> Trace {
+        let head = match kind {
+            Kind::Metered | Kind::Shown => captures::lines(headers),
+            Kind::Passing => Vec::new(),
+        };
         let mut inner = self.inner.lock();
         inner.next_running += 1;
         let running = Arc::new(Running {
@@ -293,10 +332,16 @@ impl Activity {
             client,
             begun: Instant::now(),
             wire: Arc::default(),
+            kind,
+            head,
+            reply: OnceLock::new(),
+            bytes: AtomicU64::new(0),
         });
         inner.running.insert(running.id, running.clone());
         drop(inner);
-        self.tell(|| Change::Began(running.clone()));
+        if kind != Kind::Passing {
+            self.tell(|| Change::Began(running.clone()));
+        }
         Trace::new(self.clone(), running)
     }
 
@@ -311,6 +356,14 @@ impl Activity {
     pub fn cancel(&self, id: u64) -> bool {
         let running = self.inner.lock().running.get(&id).cloned();
         running.map(|r| r.wire.cancel()).is_some()
+    }
+
+    /// The running requests that are shown, oldest first.
+    #[must_use]
+    pub fn shown(&self) -> Vec<Arc<Running>> {
+        let inner = self.inner.lock();
+        let shown = inner.running.values().filter(|r| r.kind != Kind::Passing);
+        shown.cloned().collect()
     }
 
     /// All running requests, oldest first.
@@ -373,7 +426,9 @@ impl Activity {
         let kept = self.clone();
         let size = recording.len();
         let keep = move || {
+            let taken = recording.taken();
             let packed = recording.pack();
+            kept.captures.flying.give_back(taken);
             match kept.store() {
                 Some(store) => store.put_capture(id, packed.into(), kept.captures.limit()),
                 None => kept.captures.put(id, &packed),
@@ -428,8 +483,12 @@ mod tests {
     fn a_trace_becomes_a_row_and_counters() {
         let activity = Activity::new(2);
         let mut changes = activity.changes();
+        let begin = |kind| {
+            let (method, path) = (http::Method::POST, "/v1/x".to_owned());
+            activity.begin(kind, "m".into(), method, path, "::1".into(), &HeaderMap::new())
+        };
         for status in [200, 200, 502] {
-            let mut trace = activity.begin("m".into(), http::Method::POST, "/v1/x".into(), "::1".into());
+            let mut trace = begin(Kind::Metered);
             assert_eq!(activity.running().len(), 1);
             trace.forwarded();
             trace.head(status, "application/json");
@@ -437,7 +496,7 @@ mod tests {
             trace.piece(reply, Instant::now());
             trace.complete();
         }
-        drop(activity.begin("m".into(), http::Method::POST, "/v1/x".into(), "::1".into()));
+        drop(begin(Kind::Metered));
         let rows: Vec<Row> = activity.inner.lock().rows.iter().cloned().collect();
         assert_eq!(
             rows.iter().map(|r| (r.id, r.status)).collect::<Vec<_>>(),
@@ -458,5 +517,25 @@ mod tests {
         assert!(matches!(changes.try_recv(), Ok(Change::Ended(1))));
         assert!(matches!(changes.try_recv(), Ok(Change::Finished(1))));
         assert!(!activity.cancel(1));
+        // Others leave nothing behind, and what is part of a page is not even shown.
+        let (shown, passing) = (begin(Kind::Shown), begin(Kind::Passing));
+        assert_eq!((activity.running().len(), activity.shown().len()), (2, 1));
+        drop((shown, passing));
+        assert_eq!(activity.inner.lock().rows.back().map(|r| r.id), Some(4));
+        assert_eq!(activity.counters()["m"].duration.total, 4);
+        let mut left = Vec::new();
+        while let Ok(change) = changes.try_recv() {
+            left.push(change);
+        }
+        let [
+            ..,
+            Change::Finished(4),
+            Change::Began(began),
+            Change::Ended(ended),
+        ] = &left[..]
+        else {
+            panic!("{left:?}");
+        };
+        assert_eq!((began.id, *ended), (5, 5));
     }
 }

@@ -1,5 +1,6 @@
 //! One request from arrival to end.
 
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -7,8 +8,8 @@ use bytes::Bytes;
 use http::{Extensions, HeaderMap, StatusCode};
 use lifecycle::ModelId;
 
-use super::captures::Recording;
-use super::{Activity, Change, Row, Running};
+use super::captures::{self, Recording};
+use super::{Activity, Change, Kind, Row, Running};
 use crate::clock::unix_ms;
 use crate::usage::Meter;
 
@@ -67,16 +68,22 @@ impl Trace {
     /// Keeps the request, as the client sent it, and the reply to come.
     pub fn record(&mut self, headers: &HeaderMap, body: &Bytes) {
         let room = self.activity.capture_room();
-        if room > 0 {
-            let recording = Recording::new(&self.running.path, headers, body, room);
+        if room > 0 && self.running.kind == Kind::Metered {
+            let (path, lines) = (&self.running.path, &self.running.head);
+            let flying = &self.activity.captures.flying;
+            let recording = Recording::new(path, headers, lines, body, room, flying);
             self.recording = Some(Box::new(recording));
         }
     }
 
     /// The headers of the reply to keep.
     pub fn record_reply(&mut self, headers: &HeaderMap) {
+        if self.running.kind == Kind::Passing {
+            return;
+        }
+        let lines = self.running.reply.get_or_init(|| captures::lines(headers));
         if let Some(recording) = &mut self.recording {
-            recording.reply(headers);
+            recording.reply(headers, lines);
         }
     }
 
@@ -111,8 +118,9 @@ impl Trace {
     pub fn piece(&mut self, bytes: &[u8], now: Instant) {
         self.first_byte.get_or_insert(now);
         self.meter.feed(bytes);
+        self.running.bytes.store(self.meter.bytes, Ordering::Relaxed);
         if let Some(recording) = &mut self.recording {
-            recording.piece(bytes);
+            recording.piece(bytes, &self.activity.captures.flying);
         }
     }
 
@@ -148,8 +156,15 @@ impl Trace {
 
 impl Drop for Trace {
     fn drop(&mut self) {
-        let now = Instant::now();
         let running = &self.running;
+        if running.kind != Kind::Metered {
+            self.activity.inner.lock().running.shift_remove(&running.id);
+            if running.kind == Kind::Shown {
+                self.activity.tell(|| Change::Ended(running.id));
+            }
+            return;
+        }
+        let now = Instant::now();
         let status = match (self.complete, self.status) {
             (true, Some(status)) => status,
             _ => 499,

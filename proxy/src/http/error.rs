@@ -7,6 +7,7 @@ use lifecycle::{CutReason, Failure, ModelId, Rejection};
 
 use super::body::Body;
 use crate::catalog::Catalog;
+use crate::house::Ordered;
 use crate::pressure;
 use crate::upstream;
 
@@ -188,8 +189,7 @@ pub fn not_loaded(model: &ModelId, path: &str) -> ApiError {
 }
 
 /// The reply to a request whose end somebody has ordered.
-#[must_use]
-pub fn cancelled() -> ApiError {
+fn cancelled() -> ApiError {
     ApiError::unavailable(
         "cancelled",
         "the request was cancelled by an order to the proxy",
@@ -197,9 +197,17 @@ pub fn cancelled() -> ApiError {
     )
 }
 
-/// 503 for a request that was cut before its reply began.
+/// The reply to a request that had to end before its own began.
 #[must_use]
-pub fn cut(model: &ModelId, reason: CutReason) -> ApiError {
+pub fn ordered(model: &ModelId, why: Ordered) -> ApiError {
+    match why {
+        Ordered::Cancelled => cancelled(),
+        Ordered::Cut(reason) => cut(model, reason),
+    }
+}
+
+/// 503 for a request that was cut before its reply began.
+fn cut(model: &ModelId, reason: CutReason) -> ApiError {
     match reason {
         CutReason::Unloaded => ApiError::unavailable(
             "unloaded",

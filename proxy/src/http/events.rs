@@ -1,6 +1,8 @@
 //! `/api/events`: everything that changes, as server-sent events in llama-swap's form.
 
+use std::collections::HashMap;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::Response;
@@ -8,14 +10,17 @@ use http::header::{CONTENT_TYPE, HeaderName, HeaderValue};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
+use tokio::time::MissedTickBehavior;
 
 use super::App;
 use super::body::Body;
-use crate::activity::Change;
+use crate::activity::{Change, Running};
 use crate::logs::{Line, Source};
 
 /// Events that wait for a slow reader.
 const WAITING: usize = 64;
+/// Time between two looks at how far the replies in flight have come.
+const PROGRESS: Duration = Duration::from_millis(250);
 
 fn event(kind: &str, data: &Value) -> Bytes {
     let message = json!({"type": kind, "data": data.to_string()});
@@ -79,12 +84,44 @@ fn profile(active: Option<&str>) -> Bytes {
 
 fn change(change: &Change) -> Bytes {
     match change {
-        Change::Began(r) => event(
-            "inflight",
-            &json!({"operation": "upsert", "request": r.to_json()}),
-        ),
+        Change::Began(request) => upsert(request),
         Change::Ended(id) => event("inflight", &json!({"operation": "remove", "id": id})),
         Change::Finished(id) => event("activity", &json!({"id": id})),
+    }
+}
+
+fn upsert(request: &Running) -> Bytes {
+    event(
+        "inflight",
+        &json!({"operation": "upsert", "request": request.to_json()}),
+    )
+}
+
+fn snapshot(running: &[Arc<Running>]) -> Bytes {
+    let running: Vec<Value> = running.iter().map(|r| r.to_json()).collect();
+    event("inflight", &json!({"operation": "snapshot", "requests": running}))
+}
+
+/// How far the replies had come when a reader was last told.
+struct Progress(HashMap<u64, (bool, u64)>);
+
+impl Progress {
+    fn of(running: &[Arc<Running>]) -> Self {
+        Self(running.iter().map(|r| (r.id, r.progress())).collect())
+    }
+
+    /// What has changed since; `None` if nothing has.
+    fn news(&mut self, app: &App) -> Option<Bytes> {
+        let running = app.activity.shown();
+        // One that is not known has not begun to be answered when its arrival was told.
+        let before = |r: &Running| self.0.get(&r.id).copied().unwrap_or_default();
+        let news: Vec<Bytes> = running
+            .iter()
+            .filter(|r| before(r) != r.progress())
+            .map(|r| upsert(r))
+            .collect();
+        *self = Self::of(&running);
+        (!news.is_empty()).then(|| news.concat().into())
     }
 }
 
@@ -101,7 +138,8 @@ pub fn stream(app: &Arc<App>) -> Response<Body> {
         let active = profiles.borrow_and_update().clone();
         let (proxy, _) = app.house.logs.subscribe(|s| *s == Source::Proxy);
         let (upstream, mut lines) = app.house.logs.subscribe(|s| *s != Source::Proxy);
-        let running: Vec<Value> = app.activity.running().iter().map(|r| r.to_json()).collect();
+        let running = app.activity.shown();
+        let mut progress = Progress::of(&running);
         let headers = &app.house.catalog().registry.globals.session_id_headers.clone();
         let first = [
             log("proxy", &proxy),
@@ -110,16 +148,23 @@ pub fn stream(app: &Arc<App>) -> Response<Body> {
             event("uiConfig", &json!({"activity": {"session_id": headers}})),
             profile(active.as_deref()),
             registry(&app),
-            event("inflight", &json!({"operation": "snapshot", "requests": running})),
+            snapshot(&running),
         ];
         for piece in first {
             if sender.send(piece).await.is_err() {
                 return;
             }
         }
+        // Requests pay nothing for it that somebody looks on: they are looked at.
+        let mut look = tokio::time::interval(PROGRESS);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let piece = tokio::select! {
                 () = sender.closed() => return,
+                _ = look.tick() => match progress.news(&app) {
+                    Some(news) => news,
+                    None => continue,
+                },
                 next = lines.recv() => match next {
                     Ok(next) => line(&next),
                     Err(RecvError::Lagged(n)) => log("proxy", format!("... {n} lines lost\n").as_bytes()),
@@ -132,8 +177,9 @@ pub fn stream(app: &Arc<App>) -> Response<Body> {
                 next = changes.recv() => match next {
                     Ok(next) => change(&next),
                     Err(RecvError::Lagged(_)) => {
-                        let running: Vec<Value> = app.activity.running().iter().map(|r| r.to_json()).collect();
-                        event("inflight", &json!({"operation": "snapshot", "requests": running}))
+                        let running = app.activity.shown();
+                        progress = Progress::of(&running);
+                        snapshot(&running)
                     }
                     Err(RecvError::Closed) => return,
                 },

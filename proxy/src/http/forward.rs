@@ -9,7 +9,7 @@ use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::request::Parts;
 use http::uri::PathAndQuery;
-use http::{Request, Response, Uri};
+use http::{Method, Request, Response, Uri};
 use hyper::body::Incoming;
 use lifecycle::{ModelId, State};
 
@@ -22,9 +22,9 @@ use super::extract::{self, Place};
 use super::headers::{self, ACCEL_BUFFERING, drop_headers, tidy_request};
 use super::pending::{self, SILENCE, Shown, Work};
 use super::{peer, routes, websocket};
-use crate::activity::{Selected, Trace};
+use crate::activity::{Kind, Selected, Trace};
 use crate::catalog::Catalog;
-use crate::house::{Lease, Ordered};
+use crate::house::Lease;
 use crate::rewrite::Rewrite;
 use crate::select::{self, Choice, Destination, Nowhere};
 use crate::upstream;
@@ -47,7 +47,7 @@ pub(super) async fn by_name(
         return match choice.to {
             Destination::Model(model) => websocket::forward(app, client, &model, request, &path).await,
             Destination::Peers(far) => {
-                peer::upgrade(app, catalog, request, far, path, Some(Place::Query)).await
+                peer::upgrade(app, catalog, client, request, far, path, Some(Place::Query)).await
             }
         };
     }
@@ -229,7 +229,7 @@ pub(super) async fn by_path(
             .map_err(|_| ApiError::bad_request(format!("the path {path} is malformed")))?;
         return match to {
             Destination::Model(model) => websocket::forward(app, client, &model, request, &path).await,
-            Destination::Peers(far) => peer::upgrade(app, catalog, request, far, path, None).await,
+            Destination::Peers(far) => peer::upgrade(app, catalog, client, request, far, path, None).await,
         };
     }
     let (parts, incoming) = request.into_parts();
@@ -352,10 +352,12 @@ async fn serve(
         && catalog.model(model).is_some_and(|m| m.send_loading_state)
         && app.house.status(model).is_none_or(|s| s.state != State::Ready);
     let mut trace = app.activity.begin(
+        kind(&parts, &path),
         model.clone(),
         parts.method.clone(),
         asked,
         headers::shown(client.ip()).into_owned(),
+        &parts.headers,
     );
     trace.describe(catalog.model(model).map(|m| m.priority), &parts.extensions);
     trace.record(&parts.headers, &body);
@@ -374,6 +376,18 @@ async fn serve(
         (SILENCE, Shown::Comments)
     };
     early(work, patience, shown, dialect).await
+}
+
+/// What is made of a request: inference is counted, and whatever else a model's own page asks for passes.
+pub(super) fn kind(parts: &Parts, path: &PathAndQuery) -> Kind {
+    let below = parts.uri.path().starts_with("/upstream/");
+    if below && routes::find(&parts.method, path.path()) != Ok(routes::Route::Inference) {
+        Kind::Passing
+    } else if parts.method == Method::POST {
+        Kind::Metered
+    } else {
+        Kind::Shown
+    }
 }
 
 /// The reply of this work, or after `patience` one that begins before it is there.
@@ -400,10 +414,7 @@ async fn work(
     let running = trace.running.clone();
     let result = tokio::select! {
         biased;
-        why = running.wire.until_ordered() => Err(match why {
-            Ordered::Cancelled => error::cancelled(),
-            Ordered::Cut(reason) => error::cut(&model, reason),
-        }),
+        why = running.wire.until_ordered() => Err(error::ordered(&model, why)),
         result = exchange(&app, &model, request, &path, &mut trace) => result,
     };
     match result {

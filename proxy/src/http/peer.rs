@@ -19,12 +19,12 @@ use super::body::{Body, Source};
 use super::dialect::Dialect;
 use super::error;
 use super::extract::{self, Place};
-use super::forward::{early, pass_back, prefixed};
+use super::forward::{early, kind, pass_back, prefixed};
 use super::headers::drop_headers;
 use super::pending::{SILENCE, Shown, Work};
+use super::websocket;
 use crate::activity::Trace;
 use crate::catalog::Catalog;
-use crate::house::Ordered;
 use crate::peers::{Far, Visit};
 use crate::rewrite::Rewrite;
 use crate::upstream::{self, Error};
@@ -90,10 +90,12 @@ pub(super) async fn serve(
         return Err(error::unknown_model(catalog, &ask.name));
     };
     let mut trace = app.activity.begin(
+        kind(&ask.parts, &ask.path),
         first.name(),
         ask.parts.method.clone(),
         ask.parts.uri.path().to_owned(),
         client.ip().to_string(),
+        &ask.parts.headers,
     );
     trace.describe(None, &ask.parts.extensions);
     trace.record(&ask.parts.headers, &ask.body);
@@ -151,10 +153,7 @@ async fn work(
     let running = trace.running.clone();
     let result = tokio::select! {
         biased;
-        why = running.wire.until_ordered() => Err(match why {
-            Ordered::Cancelled => error::cancelled(),
-            Ordered::Cut(reason) => error::cut(&running.model, reason),
-        }),
+        why = running.wire.until_ordered() => Err(error::ordered(&running.model, why)),
         result = exchange(&catalog, &ask, &mut trace) => result,
     };
     match result {
@@ -289,6 +288,7 @@ fn body(ask: &Ask, far: &Far) -> Result<Bytes, ApiError> {
 pub(super) async fn upgrade(
     app: &Arc<App>,
     catalog: &Arc<Catalog>,
+    address: SocketAddr,
     mut client: Request<Incoming>,
     far: Vec<Far>,
     path: PathAndQuery,
@@ -339,8 +339,10 @@ pub(super) async fn upgrade(
             );
             return Err(error::bad_gateway("upgrade_refused", message));
         }
+        let mut trace = websocket::begin(app, far.name(), address, &client);
         let here = hyper::upgrade::on(&mut client);
         let (parts, body) = response.into_parts();
+        trace.record_reply(&parts.headers);
         let Some((mut there, early)) = body.into_upgraded() else {
             return Err(ApiError::internal("the upgraded connection is gone"));
         };
@@ -356,6 +358,7 @@ pub(super) async fn upgrade(
             tokio::select! {
                 () = copying => {}
                 () = visit.cut() => {}
+                _ = trace.running.wire.until_ordered() => {}
             }
         });
         return Ok(Response::from_parts(parts, Body::empty()));

@@ -17,7 +17,8 @@ use super::App;
 use super::body::Body;
 use super::error;
 use super::forward::prefixed;
-use super::headers::tidy_request;
+use super::headers::{shown, tidy_request};
+use crate::activity::{Kind, Trace};
 use crate::house::{Lease, Wire};
 use crate::process::Process;
 
@@ -40,9 +41,21 @@ pub fn is_upgrade(method: &Method, headers: &HeaderMap) -> bool {
 /// What keeps the process while the connection lasts.
 enum Hold {
     /// In flight like any request.
-    Lease(Lease),
+    Lease(Lease, Box<Trace>),
     /// The model's WebSockets count for nothing.
     Loose(Arc<Process>),
+}
+
+/// A WebSocket is shown, and can be ended, as long as it is open; there is nothing in it to count.
+pub(super) fn begin(app: &App, model: ModelId, client: SocketAddr, request: &Request<Incoming>) -> Trace {
+    app.activity.begin(
+        Kind::Shown,
+        model,
+        request.method().clone(),
+        request.uri().path().to_owned(),
+        shown(client.ip()).into_owned(),
+        request.headers(),
+    )
 }
 
 /// Forwards an upgrade to the model's server.
@@ -58,8 +71,8 @@ pub(super) async fn forward(
         .catalog()
         .model(model)
         .is_some_and(|m| m.ignore_websockets);
-    let wire = Arc::new(Wire::default());
-    let hold = if loose {
+    let mut wire = Arc::new(Wire::default());
+    let mut hold = if loose {
         let ready = app
             .house
             .statuses()
@@ -68,15 +81,17 @@ pub(super) async fn forward(
         let process = ready.and_then(|(_, _, process)| process);
         Hold::Loose(process.ok_or_else(|| error::not_loaded(model, path.path()))?)
     } else {
-        Hold::Lease(
-            app.house
-                .lease(model, &wire)
-                .await
-                .map_err(|r| error::rejected(model, &r))?,
-        )
+        let trace = begin(app, model.clone(), client, &request);
+        wire = trace.running.wire.clone();
+        let lease = tokio::select! {
+            biased;
+            why = wire.until_ordered() => return Err(error::ordered(model, why)),
+            lease = app.house.lease(model, &wire) => lease,
+        };
+        Hold::Lease(lease.map_err(|r| error::rejected(model, &r))?, Box::new(trace))
     };
     let process = match &hold {
-        Hold::Lease(lease) => &lease.process,
+        Hold::Lease(lease, _) => &lease.process,
         Hold::Loose(process) => process,
     };
     let Some((pool, prefix)) = process.upstream.get().cloned() else {
@@ -105,6 +120,9 @@ pub(super) async fn forward(
     }
     let downstream = hyper::upgrade::on(&mut request);
     let (parts, body) = response.into_parts();
+    if let Hold::Lease(_, trace) = &mut hold {
+        trace.record_reply(&parts.headers);
+    }
     let Some((mut upstream, early)) = body.into_upgraded() else {
         return Err(ApiError::internal("the upgraded connection is gone"));
     };
