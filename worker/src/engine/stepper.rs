@@ -53,6 +53,8 @@ pub(super) struct Faults {
     pub(super) rows: Option<usize>,
     /// And is lost then.
     pub(super) lost: bool,
+    /// After so many reads of tokens, each waits until the sender is gone.
+    pub(super) hang: Option<(usize, std::sync::mpsc::Receiver<()>)>,
 }
 
 /// Why a step failed.
@@ -309,6 +311,15 @@ impl Stepper {
             eval(&chunk)?;
         }
         let mut all = Vec::new();
+        #[cfg(test)]
+        if !self.landed.is_empty()
+            && let Some((before, hang)) = &mut self.faults.hang
+        {
+            match before.checked_sub(1) {
+                Some(left) => *before = left,
+                None => drop(hang.recv()),
+            }
+        }
         #[cfg(test)]
         if self.faults.rows.is_some()
             && self.faults.rows == self.landed.iter().map(|flight| flight.rows.len()).max()

@@ -41,12 +41,21 @@ impl Running {
     }
 
     fn ask(&self, prompt: Vec<u32>, max_tokens: usize) -> mpsc::Receiver<GenerationEvent> {
+        self.ask_until(prompt, max_tokens, Vec::new())
+    }
+
+    fn ask_until(
+        &self,
+        prompt: Vec<u32>,
+        max_tokens: usize,
+        stop_tokens: Vec<u32>,
+    ) -> mpsc::Receiver<GenerationEvent> {
         let (events, receiver) = mpsc::channel(1024);
         let request = GenerateRequest {
             prompt,
             max_tokens,
             sampling: SamplingParams::greedy(),
-            stop_tokens: Vec::new(),
+            stop_tokens,
             logprobs: None,
         };
         let place = Counters::place(&self.counters, 64).unwrap();
@@ -167,4 +176,36 @@ fn a_device_that_is_lost_ends_the_engine_and_every_request() {
         reason.contains("the device failed; and then: the device is lost"),
         "{reason}"
     );
+}
+
+/// A request ends with a token when the step after that is on the device already. Nobody waits for that one, but its
+/// reading may hang like any other, and the watchdog has to know that there is something to watch.
+#[test]
+fn a_step_that_is_read_for_nobody_is_work() {
+    let (release, hang) = sync_channel(0);
+    let faults = Faults {
+        hang: Some((1, hang)),
+        ..Faults::default()
+    };
+    let engine = Running::new(faults, 1);
+    let whatever_comes = (0..128).collect();
+    let mut events = engine.ask_until(prompt(10, 1), 30, whatever_comes);
+    while let Some(event) = events.blocking_recv() {
+        if let GenerationEvent::Finished { reason, .. } = event {
+            assert_eq!(reason, FinishReason::Stop);
+        }
+    }
+    let stats = || engine.counters.read();
+    while stats().running > 0 {
+        std::thread::yield_now();
+    }
+    assert!(stats().busy, "{:?}", stats());
+    let next = engine.ask(prompt(10, 2), 3);
+    assert_eq!((stats().running, stats().waiting), (0, 1));
+    drop(release);
+    assert!(matches!(end(next).1, End::Done(tokens) if tokens.len() == 3));
+    while stats().busy {
+        std::thread::yield_now();
+    }
+    engine.end();
 }
