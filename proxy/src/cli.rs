@@ -54,6 +54,9 @@ Options (one dash or two):
   --ollama-listen A   a second port for clients of Ollama, loopback only; comes before the registry's ollama.listen
   --watch-config      take up changes of the registry without a restart
   --lenient           check: unknown keys are no failure
+
+Environment:
+  SWAPD_API_KEY       reload: the API key to present, where the registry has apiKeys
 ";
 
 /// What the command line asks for.

@@ -311,6 +311,20 @@ impl House {
         }
         inner.catalog = catalog;
         self.step(&mut inner, now, Event::Reload { config, changed });
+        self.forget_removed(&mut inner);
+    }
+
+    /// What a model that is not configured any more has left behind, once its process has ended.
+    fn forget_removed(&self, inner: &mut Inner) {
+        let Inner {
+            loads,
+            processes,
+            catalog,
+            ..
+        } = inner;
+        let known = |m: &ModelId| catalog.model(m).is_some() || processes.values().any(|p| p.model == *m);
+        loads.retain(|m, _| known(m));
+        self.logs.retain(known);
     }
 
     /// Takes nothing new, and stops every process. Ordered again, processes that have been asked to end already are
@@ -409,6 +423,9 @@ impl House {
                 tracing::info!(%model, "{}", failure.message);
                 inner.processes.remove(&instance);
                 inner.loads.entry(model.clone()).or_default().exits += 1;
+                if inner.catalog.model(&model).is_none() {
+                    self.forget_removed(&mut inner);
+                }
                 Event::Exited(model, instance, failure)
             }
         };

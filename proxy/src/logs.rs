@@ -166,6 +166,8 @@ impl Logs {
     }
 
     fn keep(&self, line: Line) {
+        // Under the lock of the history, so that a new reader sees each line once: in the history or live.
+        let mut combined = self.inner.combined.lock();
         if let Source::Model(id) = &line.source {
             if self.inner.echo.load(Ordering::Relaxed) {
                 self.inner.stdout().write(&line.text);
@@ -177,8 +179,6 @@ impl Logs {
                 .or_default()
                 .push(line.clone(), MODEL_BYTES);
         }
-        // Under the lock of the history, so that a new reader sees each line once: in the history or live.
-        let mut combined = self.inner.combined.lock();
         if self.inner.live.receiver_count() > 0 {
             let _ = self.inner.live.send(line.clone());
         }
@@ -207,6 +207,18 @@ impl Logs {
             text.extend_from_slice(&line.text);
         }
         (text, self.inner.live.subscribe())
+    }
+
+    /// What is kept of one model, and all that follows of everybody.
+    #[must_use]
+    pub fn subscribe_model(&self, model: &str) -> (Vec<u8>, broadcast::Receiver<Line>) {
+        let _combined = self.inner.combined.lock();
+        (self.model_history(model), self.inner.live.subscribe())
+    }
+
+    /// Lets go of the models that are not to be kept.
+    pub fn retain(&self, keep: impl Fn(&ModelId) -> bool) {
+        self.inner.models.lock().retain(|model, _| keep(model));
     }
 
     /// What is kept of one model.
@@ -304,6 +316,19 @@ mod tests {
         assert_eq!(logs.tail("m", 1), "10:00 green\n");
         logs.push(model, &[b'x'; 3 * MAX_LINE]);
         assert_eq!(logs.tail("m", 1).len(), MAX_LINE + 1);
+    }
+
+    #[test]
+    fn models_that_are_gone_leave_nothing() {
+        let logs = Logs::default();
+        for model in ["a", "b"] {
+            logs.push(Source::Model(model.into()), b"line");
+        }
+        logs.retain(|m| &**m == "a");
+        assert_eq!(
+            (logs.model_history("a"), logs.model_history("b")),
+            (b"line\n".to_vec(), vec![])
+        );
     }
 
     #[test]

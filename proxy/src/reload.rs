@@ -138,8 +138,9 @@ impl Reloader {
         self.level.set(registry.globals.log_level);
         self.performance.set_every(performance::every(&registry.globals));
         let changed = diff.changed.iter().map(|id| id.as_str().into()).collect();
-        let catalog = Catalog::following(registry, Some(&old));
-        self.house.reload(Arc::new(catalog), changed);
+        let catalog = Arc::new(Catalog::following(registry, Some(&old)));
+        self.activity.retain(|name| catalog.destination(name).is_some());
+        self.house.reload(catalog, changed);
         Ok(diff)
     }
 

@@ -131,6 +131,42 @@ routing: {scheduler: {use: fifo, settings: {fifo: {priority: {m: 7}}}}}
     assert_eq!(rows[0].get("error_msg"), None);
 }
 
+#[test]
+fn rows_are_found_by_id_and_time() {
+    let swapd = Swapd::start(ONE);
+    for _ in 0..5 {
+        swapd.chat("m", "");
+    }
+    let ids = |query: &str| -> Vec<u64> {
+        let page = swapd
+            .get(&format!("/api/metrics/activity?order=asc&{query}"))
+            .json();
+        let rows = page["data"].as_array().unwrap();
+        rows.iter().map(|r| r["id"].as_u64().unwrap()).collect()
+    };
+    assert_eq!(ids("min_id=2&max_id=4"), [2, 3, 4]);
+    assert_eq!(ids("min_id=5"), [5]);
+    let all = rows(&swapd);
+    // The clock of the machine may be set while the test runs.
+    let mut times: Vec<&str> = all.iter().map(|r| r["timestamp"].as_str().unwrap()).collect();
+    times.sort_unstable();
+    assert_eq!(
+        ids(&format!("start={}&end={}", times[0], times[4])),
+        [1, 2, 3, 4, 5]
+    );
+    assert!(ids("start=2100-01-01T00:00:00Z").is_empty());
+    assert!(ids("end=2001-01-01T00:00:00Z").is_empty());
+    assert_eq!(ids("end=2100-01-01T00:00:00%2B02:00&limit=2&page=2"), [3, 4]);
+    for bad in ["start=yesterday", "end=1", "min_id=x", "max_id=-1", "page=x"] {
+        let answer = swapd.get(&format!("/api/metrics/activity?{bad}"));
+        assert_eq!(answer.status, 400, "{bad}");
+        assert!(
+            answer.error().0.starts_with(bad.split('=').next().unwrap()),
+            "{answer:?}"
+        );
+    }
+}
+
 /// llama-swap: what a model's own page asks for (scripts, pictures, its state every second) leaves no rows.
 #[test]
 fn only_inference_becomes_rows() {

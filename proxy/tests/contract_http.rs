@@ -261,3 +261,201 @@ groups: {both: {swap: false, members: [slow, other]}}",
         assert_eq!(unload.join().unwrap().body, "OK");
     });
 }
+
+#[test]
+fn browsers_get_what_they_ask_for_unasked() {
+    let swapd = Swapd::start(&format!("apiKeys: [k]\n{ONE}"));
+    let icon = swapd.get("/favicon.ico");
+    assert_eq!(
+        (icon.status, icon.header("content-type")),
+        (200, Some("image/svg+xml"))
+    );
+    for path in ["/upstream", "/upstream/"] {
+        let moved = swapd.get(path);
+        assert_eq!(
+            (moved.status, moved.header("location")),
+            (302, Some("/ui/models"))
+        );
+    }
+    let ask = "Origin: http://page\r\nAccess-Control-Request-Headers: x-mine, content-type\r\n";
+    for (headers, allowed) in [
+        (ask, "x-mine, content-type"),
+        ("", "Content-Type, Authorization, Accept, X-Requested-With"),
+    ] {
+        let preflight = swapd
+            .open("OPTIONS", "/v1/chat/completions", headers, "")
+            .finish();
+        assert_eq!(preflight.status, 204);
+        for (name, value) in [
+            ("access-control-allow-origin", "*"),
+            (
+                "access-control-allow-methods",
+                "GET, POST, PUT, PATCH, DELETE, OPTIONS",
+            ),
+            ("access-control-allow-headers", allowed),
+            ("access-control-max-age", "86400"),
+        ] {
+            assert_eq!(preflight.header(name), Some(value), "{name}");
+        }
+    }
+    let key = "Authorization: Bearer k\r\nOrigin: http://page\r\n";
+    let list = swapd.open("GET", "/v1/models", key, "").finish();
+    assert_eq!(list.header("access-control-allow-origin"), Some("http://page"));
+    let other = swapd.open("GET", "/running", key, "").finish();
+    assert_eq!(other.header("access-control-allow-origin"), None);
+}
+
+#[test]
+fn rows_of_models_tell_what_they_can_and_whether_they_are_loaded() {
+    let config = "
+models:
+  eye:
+    worker: {model: DIR}
+    capabilities: {in: [text, image], out: [text], tools: true, context: 4096}
+    metadata: {context_length: 1, x: 2}
+  ear: {worker: {model: DIR}, capabilities: {in: [audio], out: [text]}}
+selectors: {any: {strategy: warm, targets: [ear, eye]}}
+profiles: {day: {pins: {new: eye, ear: eye, off: null}}}
+peers: {far: {proxy: 'http://127.0.0.1:9', models: [x]}}
+";
+    let swapd = Swapd::start(config);
+    let loaded = || -> Vec<(String, String)> {
+        let list = swapd.get("/v1/models").json();
+        let row = |r: &Value| {
+            let text = |v: &Value| v.as_str().unwrap().to_owned();
+            (text(&r["id"]), text(&r["status"]["value"]))
+        };
+        list["data"].as_array().unwrap().iter().map(row).collect()
+    };
+    let expected = |rows: &[(&str, &str)]| -> Vec<(String, String)> {
+        rows.iter()
+            .map(|(a, b)| ((*a).to_owned(), (*b).to_owned()))
+            .collect()
+    };
+    let (on, off) = ("loaded", "unloaded");
+    assert_eq!(
+        loaded(),
+        expected(&[("any", off), ("ear", off), ("eye", off), ("far/x", on)])
+    );
+    assert_eq!(swapd.get("/v1/models/new").status, 404);
+    assert_eq!(swapd.chat("eye", "").status, 200);
+    let day = r#"{"name":"day"}"#;
+    assert_eq!(
+        swapd.open("PUT", "/api/profiles/active", "", day).finish().status,
+        200
+    );
+    let all = [("any", on), ("ear", off), ("eye", on), ("far/x", on), ("new", on)];
+    assert_eq!(loaded(), expected(&all));
+    // What is listed can be asked for.
+    for (id, _) in all {
+        assert_eq!(swapd.get(&format!("/v1/models/{id}")).json()["id"], id);
+    }
+    assert_eq!(
+        swapd.get("/v1/models/new").json()["meta"]["llamaswap"]["modelID"],
+        "eye"
+    );
+    assert_eq!(swapd.get("/v1/models/off").status, 404);
+    let eye = swapd.get("/v1/models/eye").json();
+    assert_eq!(
+        eye["architecture"],
+        json!({"input_modalities": ["text", "image"], "output_modalities": ["text"], "modality": "text+image->text"})
+    );
+    assert_eq!(
+        eye["capabilities"],
+        json!({
+            "vision": true, "audio_transcriptions": false, "audio_speech": false, "image_generation": false,
+            "image_to_image": false, "function_calling": true, "reranker": false,
+        })
+    );
+    assert_eq!(
+        (&eye["supported_parameters"], &eye["context_length"]),
+        (&json!(["tools", "tool_choice"]), &json!(4096))
+    );
+    let own = &eye["meta"]["llamaswap"];
+    assert_eq!((&own["x"], own.get("context_length")), (&json!(2), None));
+    let ear = swapd.get("/v1/models/ear").json();
+    assert_eq!(ear["capabilities"]["audio_transcriptions"], true);
+    assert_eq!(
+        (ear.get("supported_parameters"), ear.get("context_length")),
+        (None, None)
+    );
+}
+
+#[test]
+fn parts_of_a_page_start_no_model() {
+    let swapd = Swapd::start(ONE);
+    let part = swapd.get("/upstream/m/assets/app.js");
+    assert_eq!((part.status, part.error().1.as_str()), (409, "conflict"));
+    assert!(swapd.journal().is_empty());
+    assert_eq!(swapd.get("/upstream/m/page").status, 200);
+    assert_eq!(swapd.get("/upstream/m/assets/app.js").body, "/assets/app.js");
+    let own = Swapd::start(&format!("upstream: {{ignorePaths: ['^/poll']}}\n{ONE}"));
+    assert_eq!(own.get("/upstream/m/poll/1").status, 409);
+    assert_eq!(
+        own.get("/upstream/m/app.js").status,
+        200,
+        "the list takes the place of the usual one"
+    );
+}
+
+#[test]
+fn logs_of_all_models_and_of_one() {
+    let config = "models:
+  loud: {worker: {model: DIR, env: [FAKE_CHATTER=4000]}}
+  m: {worker: {model: DIR, env: ['FAKE_CHATTER=2']}}
+groups: {g: {swap: false, members: [loud, m]}}";
+    let swapd = Swapd::start(config);
+    assert_eq!(swapd.chat("m", "").status, 200);
+    eventually("it has been heard", Duration::from_secs(5), || {
+        swapd.get("/logs").body.contains("chatter 1\n").then_some(())
+    });
+    let mut upstream = swapd.open("GET", "/logs/stream/upstream", "", "");
+    let history = upstream.chunk().unwrap().unwrap();
+    assert!(
+        history.starts_with("chatter 0\nchatter 1\n") && !history.contains("[INFO]"),
+        "{history}"
+    );
+    swapd.chat("m", r#""last_words":"from the model""#);
+    assert_eq!(upstream.chunk().unwrap().unwrap(), "from the model\n");
+    assert_eq!(swapd.get("/logs/stream/nobody").status, 404);
+    // One model's own history outlasts the noise of another.
+    assert_eq!(swapd.chat("loud", r#""last_words":"all said""#).status, 200);
+    for _ in 0..3 {
+        swapd.chat("loud", &format!(r#""last_words":"{}""#, "noise\\n".repeat(8_000)));
+    }
+    eventually("pushed out", Duration::from_secs(5), || {
+        (!swapd.get("/logs").body.contains("chatter 1\n")).then_some(())
+    });
+    let mut own = swapd.open("GET", "/logs/stream/m", "", "");
+    assert!(
+        own.chunk()
+            .unwrap()
+            .unwrap()
+            .starts_with("chatter 0\nchatter 1\n")
+    );
+}
+
+#[test]
+fn models_that_are_removed_leave_no_counters_and_no_logs() {
+    let swapd = Swapd::start("models: {m: {worker: {model: DIR}}, n: {worker: {model: DIR}}}");
+    for model in ["n", "m"] {
+        assert_eq!(swapd.chat(model, "").status, 200);
+    }
+    assert!(
+        swapd
+            .get("/metrics")
+            .body
+            .contains("swapd_requests_total{model=\"m\"")
+    );
+    swapd.rewrite("models: {n: {worker: {model: DIR}}}");
+    assert_eq!(swapd.post("/api/reload", "").status, 200);
+    eventually("its process has ended", Duration::from_secs(5), || {
+        (!swapd.get("/metrics").body.contains("\"m\"")).then_some(())
+    });
+    assert!(
+        swapd
+            .get("/metrics")
+            .body
+            .contains("swapd_requests_total{model=\"n\"")
+    );
+}

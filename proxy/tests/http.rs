@@ -128,6 +128,24 @@ fn a_chunked_body_is_read_too() {
 }
 
 #[test]
+fn a_chunked_body_may_not_be_endless() {
+    let swapd = Swapd::start(&format!("maxBodySize: 1\n{ONE}"));
+    let mut stream = std::net::TcpStream::connect(&swapd.address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
+    std::io::Write::write_all(&mut stream, head.as_bytes()).unwrap();
+    let piece = format!("{:x}\r\n{}\r\n", 1 << 16, "x".repeat(1 << 16));
+    for _ in 0..16 {
+        std::io::Write::write_all(&mut stream, piece.as_bytes()).unwrap();
+    }
+    // One byte too many, and the rest is not waited for.
+    std::io::Write::write_all(&mut stream, b"1\r\nx\r\n").unwrap();
+    let mut reply = [0; 12];
+    std::io::Read::read_exact(&mut stream, &mut reply).unwrap();
+    assert_eq!(&reply, b"HTTP/1.1 413");
+}
+
+#[test]
 fn upstream_paths_reach_the_model_by_the_longest_name() {
     let swapd = Swapd::start(ONE);
     assert_eq!(
@@ -357,6 +375,18 @@ models:
             .len()
     };
     assert_eq!((listed("whole"), listed("part")), (2, 1));
+    // The command that asks for a reload presents its key from the environment.
+    let reload = |key: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_swapd"));
+        command
+            .args(["reload", "--listen", &swapd.address])
+            .env("SWAPD_API_KEY", key);
+        command.output().unwrap().status.code()
+    };
+    assert_eq!(
+        ["whole", "part", "wrong"].map(reload),
+        [Some(0), Some(1), Some(1)]
+    );
     assert_eq!(ask("GET", "/unload", "part", "").status, 403);
     assert_eq!(ask("GET", "/upstream/b/x", "part", "").status, 403);
     assert_eq!(ask("GET", "/health", "", "").status, 200);

@@ -306,6 +306,26 @@ fn the_first_bytes_may_come_one_by_one() {
     assert!(reply.starts_with("HTTP/1.1 200"), "{reply}");
 }
 
+/// One stream is given up; the others of the connection go on.
+#[tokio::test]
+async fn a_client_that_leaves_a_stream_of_http2_is_noticed() {
+    let swapd = Swapd::start("models: {m: {worker: {model: DIR}, env: [JOURNAL]}}");
+    let mut sender = open(&swapd, None).await;
+    let mut stream = chat(&mut sender, r#""stream":true,"events":100,"gap_ms":10000"#).await;
+    stream.body_mut().frame().await.unwrap().unwrap();
+    let left = std::time::Instant::now();
+    drop(stream);
+    let noticed = tokio::task::spawn_blocking(move || {
+        common::eventually("the worker stops", Duration::from_secs(2), || {
+            (!swapd.journalled("disconnect").is_empty()).then_some(())
+        });
+        (left.elapsed(), swapd)
+    });
+    let (time, _swapd) = noticed.await.unwrap();
+    assert!(time < Duration::from_millis(500), "{time:?}");
+    assert_eq!(chat(&mut sender, "").await.status(), 200);
+}
+
 /// The signal ends an HTTP/2 connection that nobody uses, and lets a running stream finish.
 #[tokio::test]
 async fn shutdown_waits_for_streams() {

@@ -443,6 +443,11 @@ impl Activity {
         self.inner.lock().counters.clone()
     }
 
+    /// Lets go of the counters of models that are not to be kept.
+    pub fn retain(&self, keep: impl Fn(&ModelId) -> bool) {
+        self.inner.lock().counters.retain(|model, _| keep(model));
+    }
+
     /// Takes up what a registry says about keeping. A store that cannot be opened leaves everything as it was.
     ///
     /// # Errors

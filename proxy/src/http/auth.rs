@@ -33,7 +33,10 @@ impl Access {
 /// Whether a route needs no key.
 #[must_use]
 pub fn is_open(route: &Route) -> bool {
-    matches!(route, Route::Health | Route::Home)
+    matches!(
+        route,
+        Route::Health | Route::Home | Route::Icon | Route::UpstreamPage
+    )
 }
 
 /// Checks the key that a request presents: as Basic password, Bearer token or `x-api-key`; any valid one will do.

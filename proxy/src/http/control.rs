@@ -38,6 +38,8 @@ pub(super) async fn answer(
     }
     match route {
         Route::Home => Ok(text("swapd is running\n")),
+        Route::Icon => Ok(icon()),
+        Route::UpstreamPage => Ok(moved("/ui/models")),
         Route::Models => Ok(with_origin(
             json_reply(&listing::models(app, catalog, access)),
             &request,
@@ -120,6 +122,28 @@ pub(super) async fn answer(
             Err(ApiError::internal("not a control route"))
         }
     }
+}
+
+/// Two models, one of which is on.
+const ICON: &str = "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'>\
+    <circle cx='5' cy='8' r='4' fill='#2a7'/><circle cx='11' cy='8' r='4' fill='none' stroke='#888' stroke-width='1.5'/>\
+    </svg>\n";
+
+fn icon() -> Response<Body> {
+    let mut response = text(ICON);
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("image/svg+xml"));
+    headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("max-age=86400"));
+    response
+}
+
+fn moved(to: &'static str) -> Response<Body> {
+    let mut response = Response::new(Body::empty());
+    *response.status_mut() = StatusCode::FOUND;
+    response
+        .headers_mut()
+        .insert(header::LOCATION, HeaderValue::from_static(to));
+    response
 }
 
 /// CORS: what a browser asks before the real request.
@@ -241,16 +265,25 @@ fn log_stream<B>(
     source: Option<&str>,
     request: &Request<B>,
 ) -> Result<Response<Body>, ApiError> {
-    let wanted: Box<dyn Fn(&Source) -> bool + Send> = match source {
-        None => Box::new(|_| true),
-        Some("proxy") => Box::new(|s| *s == Source::Proxy),
-        Some("upstream") => Box::new(|s| matches!(s, Source::Model(_))),
+    let logs = &app.house.logs;
+    let wanted: Box<dyn Fn(&Source) -> bool + Send>;
+    let (mut history, mut live) = match source {
+        None | Some("proxy" | "upstream") => {
+            wanted = match source {
+                None => Box::new(|_| true),
+                Some("proxy") => Box::new(|s| *s == Source::Proxy),
+                Some(_) => Box::new(|s| matches!(s, Source::Model(_))),
+            };
+            logs.subscribe(&wanted)
+        }
         Some(name) => {
             let model = find(app, name)?;
-            Box::new(move |s| matches!(s, Source::Model(m) if *m == model))
+            // Its own history: in the common one the lines of others may have pushed it out.
+            let subscribed = logs.subscribe_model(&model);
+            wanted = Box::new(move |s| matches!(s, Source::Model(m) if *m == model));
+            subscribed
         }
     };
-    let (mut history, mut live) = app.house.logs.subscribe(&wanted);
     if request
         .uri()
         .query()

@@ -9,6 +9,7 @@ use super::auth::Access;
 use crate::catalog::Catalog;
 use crate::peers::Far;
 use crate::pressure;
+use crate::select::Destination;
 
 /// `GET /v1/models`: what this client may use.
 #[must_use]
@@ -33,31 +34,64 @@ pub fn models(app: &App, catalog: &Catalog, access: &Access) -> Value {
         .iter()
         .filter(|(id, s)| !s.unlisted && access.permits(id, id))
     {
-        rows.push((id.clone(), Value::Object(selector_row(app, id, selector))));
+        rows.push((
+            id.clone(),
+            Value::Object(selector_row(app, catalog, id, selector)),
+        ));
     }
     for (id, far) in catalog.peers.models() {
         if access.permits(&id, &id) {
             rows.push((id.clone(), Value::Object(peer_row(app, &id, &far))));
         }
     }
-    let active = app
-        .profile
-        .lock()
-        .clone()
-        .and_then(|p| catalog.registry.profiles.get(&p));
-    for (id, target) in active.iter().flat_map(|p| &p.pins) {
-        // Only names that are not there without the profile.
-        let new = target.is_some()
-            && catalog.destination(id).is_none()
-            && !catalog.registry.selectors.contains_key(id);
-        if new && access.permits(id, id) {
-            let own = object(json!({"type": "profile", "modelID": target}));
-            rows.push((id.clone(), Value::Object(bare_row(app, id, own, &None, &None))));
+    let active = active(app, catalog);
+    for id in active.iter().flat_map(|p| p.pins.keys()) {
+        if access.permits(id, id)
+            && let Some(row) = pin_row(app, catalog, id)
+        {
+            rows.push((id.clone(), Value::Object(row)));
         }
     }
     rows.sort_by(|a, b| a.0.cmp(&b.0));
     let rows: Vec<Value> = rows.into_iter().map(|(_, row)| row).collect();
     json!({"object": "list", "data": rows})
+}
+
+fn active<'c>(app: &App, catalog: &'c Catalog) -> Option<&'c registry::Profile> {
+    let name = app.profile.lock().clone()?;
+    catalog.registry.profiles.get(&name)
+}
+
+/// The row of a name that is there only while its profile is active.
+fn pin_row(app: &App, catalog: &Catalog, id: &str) -> Option<Map<String, Value>> {
+    let target = active(app, catalog)?.pins.get(id)?.as_deref()?;
+    let new = catalog.destination(id).is_none() && !catalog.registry.selectors.contains_key(id);
+    let own = object(json!({"type": "profile", "modelID": target}));
+    new.then(|| bare_row(app, id, own, &None, &None, loaded(app, catalog, target)))
+}
+
+/// Whether a request for this name is served without a model having to be loaded.
+fn loaded(app: &App, catalog: &Catalog, name: &str) -> bool {
+    if let Some(selector) = catalog.registry.selectors.get(name) {
+        return selector.targets.iter().any(|t| reaches(app, catalog, t));
+    }
+    reaches(app, catalog, name)
+}
+
+fn reaches(app: &App, catalog: &Catalog, name: &str) -> bool {
+    match catalog.destination(name) {
+        Some(Destination::Model(model)) => is_ready(app, &model),
+        Some(Destination::Peers(far)) => far.iter().any(|f| f.peer.is_up()),
+        None => false,
+    }
+}
+
+fn is_ready(app: &App, model: &str) -> bool {
+    app.house.status(model).is_some_and(|s| s.state == State::Ready)
+}
+
+fn status(loaded: bool) -> Value {
+    json!({"value": if loaded { "loaded" } else { "unloaded" }})
 }
 
 /// The row of one name, and the id under which permissions know it.
@@ -67,26 +101,35 @@ pub fn one(app: &App, catalog: &Catalog, name: &str) -> Option<(String, Map<Stri
         return Some((entry.id.clone(), model(app, entry)));
     }
     if let Some(selector) = catalog.registry.selectors.get(name) {
-        return Some((name.to_owned(), selector_row(app, name, selector)));
+        return Some((name.to_owned(), selector_row(app, catalog, name, selector)));
     }
-    let far = catalog.peers.find(name).into_iter().next()?;
+    let Some(far) = catalog.peers.find(name).into_iter().next() else {
+        return pin_row(app, catalog, name).map(|row| (name.to_owned(), row));
+    };
     let id = far.name().to_string();
     let row = peer_row(app, &id, &far);
     Some((id, row))
 }
 
-fn selector_row(app: &App, id: &str, selector: &registry::Selector) -> Map<String, Value> {
+fn selector_row(app: &App, catalog: &Catalog, id: &str, selector: &registry::Selector) -> Map<String, Value> {
     let mut own = object(json!({
         "type": "selector", "strategy": strategy(selector), "targets": selector.targets, "spillover": selector.spillover,
     }));
     own.extend(selector.metadata.clone());
-    bare_row(app, id, own, &selector.name, &selector.description)
+    bare_row(
+        app,
+        id,
+        own,
+        &selector.name,
+        &selector.description,
+        loaded(app, catalog, id),
+    )
 }
 
 fn peer_row(app: &App, id: &str, far: &Far) -> Map<String, Value> {
     let own = object(json!({"type": "peer", "peerID": far.peer.id, "modelID": far.model}));
     let name = Some(format!("{}: {}", far.peer.id, far.model));
-    bare_row(app, id, own, &name, &None)
+    bare_row(app, id, own, &name, &None, far.peer.is_up())
 }
 
 /// One row of it.
@@ -115,6 +158,7 @@ fn bare_row(
     own: Map<String, Value>,
     name: &Option<String>,
     description: &Option<String>,
+    loaded: bool,
 ) -> Map<String, Value> {
     let mut row = object(json!({
         "id": id,
@@ -122,6 +166,7 @@ fn bare_row(
         "created": app.started_unix,
         "owned_by": "swapd",
         "meta": {"llamaswap": own},
+        "status": status(loaded),
     }));
     for (key, text) in [("name", name), ("description", description)] {
         if let Some(text) = text {
@@ -149,10 +194,6 @@ fn object(value: Value) -> Map<String, Value> {
 }
 
 fn row(app: &App, model: &registry::Model, id: &str, mut own: Map<String, Value>) -> Map<String, Value> {
-    let loaded = app
-        .house
-        .status(&model.id)
-        .is_some_and(|s| s.state == State::Ready);
     // What `capabilities` says is not said twice.
     let said = [
         "architecture",
@@ -174,7 +215,7 @@ fn row(app: &App, model: &registry::Model, id: &str, mut own: Map<String, Value>
         "created": app.started_unix,
         "owned_by": "swapd",
         "meta": {"llamaswap": own},
-        "status": {"value": if loaded { "loaded" } else { "unloaded" }},
+        "status": status(is_ready(app, &model.id)),
     }));
     for (key, text) in [("name", &model.name), ("description", &model.description)] {
         if let Some(text) = text.as_deref().map(str::trim).filter(|t| !t.is_empty()) {

@@ -16,6 +16,10 @@ pub enum Route {
     ComfyUi,
     /// A sign of life for people.
     Home,
+    /// The icon that browsers ask for.
+    Icon,
+    /// The page with all models, from which `/upstream/...` is reached.
+    UpstreamPage,
     /// All models.
     Models,
     /// One model, by id or alias.
@@ -132,6 +136,8 @@ pub fn find(method: &Method, path: &str) -> Result<Route, NoRoute> {
     match path {
         "/v1/models" | "/models" => return get(Route::Models),
         "/" => return get(Route::Home),
+        "/favicon.ico" => return get(Route::Icon),
+        "/upstream" | "/upstream/" => return get(Route::UpstreamPage),
         "/metrics" => return get(Route::Metrics),
         "/api/metrics/activity" => return get(Route::Activity),
         "/api/metrics/stats" => return get(Route::Stats),
