@@ -2,11 +2,12 @@
 //!
 //! Finished requests and captures are kept in memory, or in a database when the registry names one.
 //!
-//! Layout: `captures` whole requests and replies; `query` which finished requests are wanted; `store` the
+//! Layout: `captures` whole requests and replies, `shelves` where they are kept in memory; `query` which finished requests are wanted; `store` the
 //! database's thread, `sql` its tables; `trace` one request from arrival to end.
 
 pub mod captures;
 pub mod query;
+mod shelves;
 mod sql;
 pub mod store;
 mod trace;
@@ -24,8 +25,9 @@ use registry::Globals;
 use serde_json::{Value, json};
 use tokio::sync::broadcast;
 
-use self::captures::{Captured, Captures, Recording};
+use self::captures::{Captured, Recording};
 use self::query::{Found, Page, Totals};
+use self::shelves::Captures;
 use self::store::Store;
 pub use self::trace::{ForwardedAt, Selected, Trace};
 pub use crate::clock::{rfc3339, unix_ms};
