@@ -417,7 +417,7 @@ groups: {g: {swap: false, members: [loud, m]}}";
     );
     swapd.chat("m", r#""last_words":"from the model""#);
     assert_eq!(upstream.chunk().unwrap().unwrap(), "from the model\n");
-    assert_eq!(swapd.get("/logs/stream/nobody").status, 404);
+    assert_eq!(swapd.get("/logs/stream/nobody").status, 400);
     // One model's own history outlasts the noise of another.
     assert_eq!(swapd.chat("loud", r#""last_words":"all said""#).status, 200);
     for _ in 0..3 {

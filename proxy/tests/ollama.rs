@@ -248,6 +248,7 @@ fn failures_have_ollamas_form() {
     whole["stream"] = json!(false);
     let whole = swapd.post("/api/chat", &whole.to_string());
     assert_eq!((whole.status, error(&whole)), (502, "out of memory".to_owned()));
+    assert_eq!(whole.header("retry-after"), Some("1"));
 
     let refusing = Swapd::start(&talking(
         &json!([]),

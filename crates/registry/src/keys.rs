@@ -140,7 +140,7 @@ pub(crate) static ROOT: Object = Object {
             "sendLoadingState",
             Ty::Bool,
             "false",
-            "Show the progress of loading as reasoning text in streams.",
+            "Show the progress of loading in streams: chats as reasoning text, other APIs in what clients pass over.",
         ),
         key(
             "includeAliasesInList",

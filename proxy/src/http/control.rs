@@ -277,7 +277,8 @@ fn log_stream<B>(
             logs.subscribe(&wanted)
         }
         Some(name) => {
-            let model = find(app, name)?;
+            // llama-swap's answer to a source that there is not.
+            let model = find(app, name).map_err(|e| ApiError { status: 400, ..e })?;
             // Its own history: in the common one the lines of others may have pushed it out.
             let subscribed = logs.subscribe_model(&model);
             wanted = Box::new(move |s| matches!(s, Source::Model(m) if *m == model));

@@ -347,10 +347,7 @@ async fn collected(response: Response<Body>) -> Result<Value, ApiError> {
 }
 
 fn bad_reply(why: impl Into<String>) -> ApiError {
-    ApiError {
-        status: 502,
-        ..ApiError::internal(why)
-    }
+    error::bad_gateway("upstream_error", why.into())
 }
 
 /// A stream of lines.
