@@ -49,9 +49,14 @@ pub enum Nowhere {
     SwitchedOff,
     /// A selector without a target that can serve.
     NoTarget,
+    /// A selector without a target that this client may use.
+    NotPermitted,
 }
 
-/// Follows a name. `status` tells the state of a model.
+/// Whether a client may use a model or a peer's model; `None`: every one.
+pub type Permits<'p> = Option<&'p dyn Fn(&str) -> bool>;
+
+/// Follows a name. `status` tells the state of a model; selectors choose among what `permits` accepts.
 ///
 /// # Errors
 /// It leads nowhere.
@@ -60,6 +65,7 @@ pub fn follow(
     profile: Option<&str>,
     name: &str,
     status: impl Fn(&ModelId) -> Option<ModelStatus>,
+    permits: Permits<'_>,
 ) -> Result<Choice, Nowhere> {
     let registry = &catalog.registry;
     let pin = profile
@@ -71,7 +77,7 @@ pub fn follow(
         None => (name, false),
     };
     if let Some(selector) = registry.selectors.get(name) {
-        let choice = choose(catalog, selector, status).ok_or(Nowhere::NoTarget)?;
+        let choice = choose(catalog, selector, status, permits)?;
         return Ok(Choice {
             selector: Some(name.to_owned()),
             ..choice
@@ -121,17 +127,36 @@ fn choose(
     catalog: &Catalog,
     selector: &Selector,
     status: impl Fn(&ModelId) -> Option<ModelStatus>,
-) -> Option<Choice> {
+    permits: Permits<'_>,
+) -> Result<Choice, Nowhere> {
+    let mut refused = false;
+    // A pin is one model: where that is not permitted, nothing takes its place.
+    let pinned = selector.strategy == Strategy::Pin && permits.is_some();
+    let considered = if pinned { 1 } else { selector.targets.len() };
     let targets: Vec<Target<'_>> = selector
         .targets
         .iter()
+        .take(considered)
         .filter_map(|t| match catalog.resolve(t) {
+            Some(model) if permits.is_some_and(|may| !may(model)) => {
+                refused = true;
+                None
+            }
             Some(model) => Some(Target::Here(t, model, status(model)?)),
-            None => Some(catalog.peers.find(t))
-                .filter(|far| !far.is_empty())
-                .map(|far| Target::There(t, far)),
+            None => {
+                let mut far = catalog.peers.find(t);
+                if let Some(may) = permits {
+                    let all = far.len();
+                    far.retain(|f| may(&f.name()));
+                    refused |= far.len() < all;
+                }
+                (!far.is_empty()).then_some(Target::There(t, far))
+            }
         })
         .collect();
+    if targets.is_empty() && refused {
+        return Err(Nowhere::NotPermitted);
+    }
     let found = match selector.strategy {
         Strategy::Pin => targets.first(),
         Strategy::Warm => targets
@@ -141,7 +166,7 @@ fn choose(
             .or(targets.first()),
         Strategy::Spillover => spill(&targets, u64::from(selector.spillover)),
     };
-    found.map(|target| match target {
+    let choice = found.map(|target| match target {
         Target::Here(name, model, _) => Choice {
             to: Destination::Model((*model).clone()),
             target: Some((*name).to_owned()),
@@ -158,7 +183,8 @@ fn choose(
             },
             selector: None,
         },
-    })
+    });
+    choice.ok_or(Nowhere::NoTarget)
 }
 
 /// The model of this machine that is least busy.
@@ -202,6 +228,7 @@ impl Nowhere {
             Self::SwitchedOff => {
                 ApiError::model_not_found(format!("the active profile switches '{name}' off"))
             }
+            Self::NotPermitted => crate::http::error::not_permitted(name),
             Self::NoTarget => ApiError::unavailable(
                 "no_target",
                 format!("no target of selector '{name}' can serve now"),
@@ -260,7 +287,7 @@ profiles:
                 status(b.0, b.1)
             }
         };
-        follow(&catalog(), profile, name, of).map(|c| match c.to {
+        follow(&catalog(), profile, name, of, None).map(|c| match c.to {
             Destination::Model(model) => model.to_string(),
             Destination::Peers(far) => far[0].name().to_string(),
         })
@@ -290,8 +317,35 @@ profiles:
             Err(Nowhere::NoTarget)
         );
         assert_eq!(model(None, "near/x", cold, cold).unwrap(), "near/x");
-        let choice = follow(&catalog(), None, "first", |_| status(Stopped, 0)).unwrap();
+        let choice = follow(&catalog(), None, "first", |_| status(Stopped, 0), None).unwrap();
         assert_eq!(choice.target.as_deref(), Some("al"));
+    }
+
+    #[test]
+    fn selectors_choose_among_what_is_permitted() {
+        let catalog = catalog();
+        let chosen = |name: &str, allowed: &[&str]| {
+            let may = |model: &str| allowed.contains(&model);
+            let choice = follow(&catalog, None, name, |_| status(State::Stopped, 0), Some(&may));
+            choice.map(|c| {
+                let to = match c.to {
+                    Destination::Model(model) => model.to_string(),
+                    Destination::Peers(far) => far[0].name().to_string(),
+                };
+                (to, c.otherwise.map(|(model, _)| model.to_string()))
+            })
+        };
+        let to = |name: &str| Ok((name.to_owned(), None));
+        assert_eq!(chosen("hot", &["b"]), to("b"));
+        assert_eq!(
+            chosen("out", &["far/x"]),
+            to("far/x"),
+            "nobody of this machine stands in"
+        );
+        assert_eq!(chosen("out", &["a", "far/x"]), to("a"));
+        assert_eq!(chosen("out", &["b"]), Err(Nowhere::NotPermitted));
+        assert_eq!(chosen("first", &["a"]), to("a"));
+        assert_eq!(chosen("first", &["b"]), Err(Nowhere::NotPermitted), "a pin");
     }
 
     #[test]
@@ -299,7 +353,7 @@ profiles:
         use State::{BackOff, Ready, Stopped};
         let catalog = catalog();
         let chosen = |state, inflight| {
-            let choice = follow(&catalog, None, "out", |_| status(state, inflight)).unwrap();
+            let choice = follow(&catalog, None, "out", |_| status(state, inflight), None).unwrap();
             match choice.to {
                 Destination::Model(model) => model.to_string(),
                 Destination::Peers(far) => far[0].name().to_string(),

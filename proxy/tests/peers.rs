@@ -379,6 +379,14 @@ peers: {{gpu: {{proxy: 'http://127.0.0.1:{}', models: [there]}}}}
         ["peer_unreachable", "peer_down"].contains(&code.as_str()),
         "{refused:?}"
     );
+    drop(busy);
+    // With room here too: what is not permitted is not chosen.
+    let refused = open("some", "").finish();
+    let (_, code) = refused.error();
+    assert!(
+        ["peer_unreachable", "peer_down"].contains(&code.as_str()),
+        "{refused:?}"
+    );
     assert_eq!(
         open("named", "").finish().status,
         200,

@@ -76,10 +76,14 @@ pub(super) async fn by_name(
 /// Where a name leads, if this client may go there.
 pub(super) fn choose(app: &App, catalog: &Catalog, access: &Access, name: &str) -> Result<Choice, ApiError> {
     let profile = app.profile.lock().clone();
-    let choice = select::follow(catalog, profile.as_deref(), name, |m| app.house.status(m));
+    let may = |model: &str| access.permits(model, name);
+    let permits: select::Permits<'_> = match access {
+        Access::All => None,
+        Access::Models(_) => Some(&may),
+    };
+    let status = |m: &ModelId| app.house.status(m);
+    let choice = select::follow(catalog, profile.as_deref(), name, status, permits);
     let mut choice = choice.map_err(|e| e.to_error(catalog, name))?;
-    // Whoever stands in for peers that do not answer has to be permitted like them.
-    choice.otherwise = choice.otherwise.filter(|(model, _)| access.permits(model, name));
     if permitted(&mut choice.to, access, name) {
         Ok(choice)
     } else {
