@@ -10,9 +10,15 @@
 
 mod common;
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
 use common::{Answer, Swapd};
 use nix::sys::signal::Signal;
 use serde_json::Value;
+
+const ONE: &str = "models: {m: {worker: {model: DIR}}}";
 
 fn header<'a>(echo: &'a Value, name: &str) -> Option<&'a str> {
     let all = echo["headers"].as_array().unwrap();
@@ -21,7 +27,7 @@ fn header<'a>(echo: &'a Value, name: &str) -> Option<&'a str> {
 
 #[test]
 fn an_offer_of_http2_is_no_websocket() {
-    let swapd = Swapd::start("models: {m: {worker: {model: DIR}}}");
+    let swapd = Swapd::start(ONE);
     // What Java's HttpClient and `curl --http2` send with every first request.
     let offer = "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\n";
     let body = r#"{"model":"m","echo":true}"#;
@@ -154,10 +160,10 @@ models:
 
 #[test]
 fn whoever_is_told_to_come_again_is_told_when() {
-    let swapd = Swapd::start("models: {m: {worker: {model: DIR}}}");
+    let swapd = Swapd::start(ONE);
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| swapd.chat("m", r#""delay_ms":20000"#));
-        common::eventually("in flight", std::time::Duration::from_secs(5), || {
+        common::eventually("in flight", Duration::from_secs(5), || {
             (swapd.post("/api/inflight/1/cancel", "").status == 200).then_some(())
         });
         let cancelled = waiting.join().unwrap();
@@ -172,7 +178,7 @@ fn whoever_is_told_to_come_again_is_told_when() {
     });
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| swapd.chat("m", r#""delay_ms":20000"#));
-        common::eventually("in flight", std::time::Duration::from_secs(5), || {
+        common::eventually("in flight", Duration::from_secs(5), || {
             (swapd.running()[0]["inflight"] == 1).then_some(())
         });
         // The second signal ends what the first one waits for.
@@ -186,4 +192,36 @@ fn whoever_is_told_to_come_again_is_told_when() {
             "{ended:?}"
         );
     });
+}
+
+#[test]
+fn a_chunked_body_is_read_too() {
+    let swapd = Swapd::start(ONE);
+    let body = r#"{"model":"m"}"#;
+    let (a, b) = body.split_at(5);
+    let chunks = format!("5\r\n{a}\r\n{:x}\r\n{b}\r\n0\r\n\r\n", b.len());
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
+    let mut stream = TcpStream::connect(&swapd.address).unwrap();
+    stream.write_all(format!("{head}{chunks}").as_bytes()).unwrap();
+    let mut reply = [0; 12];
+    stream.read_exact(&mut reply).unwrap();
+    assert_eq!(&reply, b"HTTP/1.1 200");
+}
+
+#[test]
+fn a_chunked_body_may_not_be_endless() {
+    let swapd = Swapd::start(&format!("maxBodySize: 1\n{ONE}"));
+    let mut stream = TcpStream::connect(&swapd.address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n";
+    stream.write_all(head.as_bytes()).unwrap();
+    let piece = format!("{:x}\r\n{}\r\n", 1 << 16, "x".repeat(1 << 16));
+    for _ in 0..16 {
+        stream.write_all(piece.as_bytes()).unwrap();
+    }
+    // One byte too many, and the rest is not waited for.
+    stream.write_all(b"1\r\nx\r\n").unwrap();
+    let mut reply = [0; 12];
+    stream.read_exact(&mut reply).unwrap();
+    assert_eq!(&reply, b"HTTP/1.1 413");
 }
