@@ -38,12 +38,18 @@ class Bench:
         return [first, *[part for other in others for part in ("--compare", other)]]
 
     def run(self, ports, *more):
-        """mlx-bench's report on the servers; a request that failed ends the benchmark."""
-        command = [self.load, *self.endpoints(ports), "--body", FIELDS, "--json", *more]
-        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=self.log, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"mlx-bench ended with {done.returncode}: {done.stdout[-2000:]}")
-        return json.loads(done.stdout)
+        """mlx-bench's report on the servers. A request that mlxworker fails ends the benchmark; one that another server
+        fails is told, and the round made again, once."""
+        command = [str(part) for part in (self.load, *self.endpoints(ports), "--body", FIELDS, "--json", *more)]
+        for last in (False, True):
+            done = subprocess.run(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
+            report = json.loads(done.stdout) if done.stdout else dict(endpoints=[])
+            if done.returncode == 0:
+                return report
+            errors = {found["name"]: found["errors"] for found in report["endpoints"] if found.get("errors")}
+            print(f"mlx-bench ended with {done.returncode}: {errors}", file=sys.stderr)
+            if last or not errors or WORKER in errors:
+                raise RuntimeError(f"mlx-bench ended with {done.returncode}: {errors}")
 
     def bare(self, model, streams):
         """Tokens per second of the bare loop in a process of its own: one round, as a server gets one, not the best of several."""

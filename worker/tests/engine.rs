@@ -250,3 +250,22 @@ async fn without_a_gpu_the_reference_path_decodes() {
         "{events:?}"
     );
 }
+
+/// The warm-up touches no more blocks than there are.
+#[tokio::test]
+async fn places_for_more_than_the_cache_has_blocks() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied");
+    let config = EngineConfig {
+        max_running: 40,
+        max_blocks: Some(3),
+        prefill_chunk: 16,
+        ..EngineConfig::new(folder)
+    };
+    let engine = Engine::start(config, |_| {}).await.unwrap();
+    assert_eq!(engine.info().kv_capacity_tokens, 3 * 32);
+    let events = all(engine.submit(request(20, None)).unwrap()).await;
+    assert!(
+        matches!(events.last(), Some(GenerationEvent::Finished { usage, .. }) if usage.completion_tokens == 20),
+        "{events:?}"
+    );
+}

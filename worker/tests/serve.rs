@@ -251,7 +251,12 @@ fn the_plan_and_the_process_are_shown() {
             .unwrap_or_else(|| panic!("{name}: {limits}"))
     };
     // On the CPU the warm-up leaves out the longest context, for which the estimate stands.
-    assert_eq!(limits["step_bytes_from"], "estimated");
+    let from = if limits["memory_device"] == "cpu" {
+        "estimated"
+    } else {
+        "measured"
+    };
+    assert_eq!(limits["step_bytes_from"], from, "{limits}");
     assert!(
         number("kv_bytes") <= 64 << 20 && number("step_bytes") > 0,
         "{limits}"

@@ -12,7 +12,8 @@ use mlx_rs::{Array, Dtype, ops};
 /// writes have a holder of their own, so that they go into the slab.
 ///
 /// What that costs is order: an operation that reads the slab must be issued before the one that overwrites what it
-/// reads, or read the *result* of the one that writes it. All operations of one stream run in the order of issue.
+/// reads, or read the *result* of the one that writes it. MLX runs the operations of one stream in the order of issue as far as
+/// it sees them share a buffer, which all writes through a slab do.
 #[derive(Debug)]
 pub struct Slab {
     array: Array,

@@ -172,13 +172,15 @@ impl Scheduler {
         gone
     }
 
-    /// Takes out all that is running, and forgets everything cached: the device failed, and nobody knows what of the last
-    /// steps was written. Whoever waits goes on waiting. Gives all that are gone, to be answered.
+    /// Takes out all that is running, and all that has a draw in flight, and forgets everything cached: the device failed, and
+    /// nobody knows what of the last steps was written. Whoever waits goes on waiting. Gives all that are gone, to be
+    /// answered.
     pub fn fail_running(&mut self) -> Vec<SeqId> {
         let running: Vec<SeqId> = self
             .jobs
             .iter()
-            .filter(|(_, job)| job.running.is_some())
+            // A preempted one whose draw is lost could never be admitted again, and nobody behind it.
+            .filter(|(_, job)| job.running.is_some() || job.unread())
             .map(|(&id, _)| id)
             .collect();
         let gone = self.fail(&running);

@@ -439,7 +439,6 @@ fn a_failure_takes_along_those_who_relied_on_it_and_nobody_else() {
     }
 }
 
-/// In a pool full of cached prefixes of all sizes, and with all of them admitted in one step.
 #[test]
 fn a_device_that_fails_takes_all_that_runs_and_what_was_cached() {
     let config = Config {
@@ -465,6 +464,35 @@ fn a_device_that_fails_takes_all_that_runs_and_what_was_cached() {
     assert_eq!(parts(&step(&mut scheduler)), [(3, 0, 100)]);
 }
 
+/// A draw that will never be read must not keep the queue waiting for it.
+#[test]
+fn a_device_that_fails_takes_the_preempted_whose_draw_was_in_flight() {
+    let mut config = config();
+    config.cache.total_blocks = 6;
+    config.cache.generation_share = 1;
+    let mut scheduler = scheduler(config);
+    for id in 0..2 {
+        submit(&mut scheduler, id, own(id, 31), 40);
+    }
+    let mut unread: Vec<SeqId> = Vec::new();
+    while scheduler.counters().preempted == 0 {
+        let plan = scheduler.plan(NOW);
+        let draws = plan.prefill.iter().filter(|part| part.last).map(|part| part.id);
+        let draws = draws.chain(plan.decode.iter().map(|decode| decode.id)).collect();
+        if plan.preempted.is_empty() {
+            for id in std::mem::replace(&mut unread, draws) {
+                scheduler.token(id, 7);
+            }
+        }
+    }
+    assert!(unread.contains(&SeqId(1)));
+    submit(&mut scheduler, 2, own(2, 31), 4);
+    assert_eq!(scheduler.fail_running(), [SeqId(0), SeqId(1)]);
+    scheduler.audit().unwrap();
+    assert_eq!(parts(&scheduler.plan(NOW)), [(2, 0, 31)]);
+}
+
+/// In a pool full of cached prefixes of all sizes, and with all of them admitted in one step.
 #[test]
 fn sequences_are_one_run_each_also_in_a_full_pool() {
     let mut config = config();

@@ -28,8 +28,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::mpsc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
 
@@ -179,7 +181,19 @@ pub struct Engine {
     info: ModelInfo,
     /// Set once, by [`Backend::stop`]; the thread looks at it on every turn.
     stopping: Arc<AtomicBool>,
+    thread: Mutex<Option<Thread>>,
 }
+
+/// The engine's thread.
+#[derive(Debug)]
+struct Thread {
+    handle: JoinHandle<()>,
+    /// Closed when it has let go of everything that is MLX's.
+    ended: mpsc::Receiver<()>,
+}
+
+/// How long a handle that is dropped waits for its thread. A step that never ends is not waited for.
+const PARTING: Duration = Duration::from_secs(5);
 
 impl Engine {
     /// Starts the engine's thread and loads the model there. Returns when a real prefill and decode have run.
@@ -198,9 +212,11 @@ impl Engine {
         let (ready_sender, ready) = oneshot::channel();
         let stopping = Arc::new(AtomicBool::new(false));
         let (for_thread, stop_thread) = (Arc::clone(&counters), Arc::clone(&stopping));
-        std::thread::Builder::new()
+        let (end, ended) = mpsc::channel::<()>();
+        let handle = std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || {
+                let _end = end;
                 run::thread(
                     config,
                     &for_thread,
@@ -209,7 +225,7 @@ impl Engine {
                     &state_sender,
                     ready_sender,
                     &mut progress,
-                )
+                );
             })
             .map_err(|error| StartError::Thread(error.to_string()))?;
         let info = ready
@@ -221,7 +237,21 @@ impl Engine {
             state,
             info,
             stopping,
+            thread: Mutex::new(Some(Thread { handle, ended })),
         })
+    }
+}
+
+/// With the handle goes the engine: when this returns, nothing of MLX is in use any more. A process that ends while a thread
+/// still frees arrays takes MLX's allocator away from under it.
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.stop();
+        if let Some(Thread { handle, ended }) = self.thread.get_mut().take()
+            && ended.recv_timeout(PARTING) == Err(mpsc::RecvTimeoutError::Disconnected)
+        {
+            let _ = handle.join();
+        }
     }
 }
 

@@ -352,7 +352,7 @@ impl<'a> Loop<'a> {
     /// The device failed: ends all that runs, since none of it can be told apart from what failed.
     fn fail_running(&mut self, error: &Exception) -> Result<(), Broken> {
         let gone = self.scheduler.fail_running();
-        self.stepper.clear();
+        self.stepper.abandon();
         self.answer(gone, error)
     }
 

@@ -106,9 +106,10 @@ pub(super) fn start(
     )
     .map_err(warm_up_error)?;
     let peak = mlx_rs::memory::peak_memory().map_err(warm_up_error)?;
-    // Attention that writes its scores out is not driven to its longest context here, which could take minutes.
+    // Attention that writes its scores out is not driven to its longest context here, which could take minutes, nor any to
+    // very many rows.
     let seen = peak.saturating_sub(before) as u64;
-    let largest = if shape.fused_attention {
+    let largest = if shape.fused_attention && config.max_running <= MOST_WARM_ROWS {
         seen
     } else {
         seen.max(shape.estimate())
@@ -241,7 +242,7 @@ fn step_shape(
     }
 }
 
-/// More rows than this in a step are not tried at start: it would take long, and a prompt's chunk needs more memory.
+/// More rows than this in a step are not tried at start, which would take long; the estimate stands for them.
 const MOST_WARM_ROWS: usize = 64;
 
 /// A real prefill and decodes, greedy and sampled, at the shapes that matter: the largest chunk over the longest context
@@ -258,7 +259,11 @@ fn warm_up(
     if fused {
         longest_chunk(stepper, config, tokens)?;
     }
-    let rows = config.max_running.clamp(1, MOST_WARM_ROWS);
+    // Each has a block of its own.
+    let rows = config
+        .max_running
+        .clamp(1, MOST_WARM_ROWS)
+        .min((tokens / block_size).max(1));
     let room = (tokens / block_size / rows).saturating_mul(block_size);
     let prompt = vec![0_u32; config.prefill_chunk.min(room.saturating_sub(4)).clamp(1, 64)];
     let each = (prompt.len() + 2).div_ceil(block_size);

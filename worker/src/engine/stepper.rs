@@ -343,6 +343,19 @@ impl Stepper {
         one.add(&one)?.eval()
     }
 
+    /// Waits for what is in flight, whatever comes of it, and forgets it: a later failure of one of these steps is not taken for
+    /// one of the next.
+    pub(super) fn abandon(&mut self) {
+        let chunks = self.chunks_before.iter().chain(&self.chunks).flatten();
+        let flights = self.landed.iter().chain(&self.flights);
+        for array in chunks.chain(flights.flat_map(|flight| flight.draw.arrays())) {
+            if let Err(error) = array.eval() {
+                tracing::debug!(error = error.what(), "of a step given up");
+            }
+        }
+        self.clear();
+    }
+
     /// Forgets what is in flight.
     pub(super) fn clear(&mut self) {
         self.flights.clear();

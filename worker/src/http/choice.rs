@@ -21,6 +21,8 @@ pub(super) struct Choice {
     forced: Vec<Delta>,
     prompt_tokens: usize,
     cached_tokens: usize,
+    /// As the request began, before others could compute some of it.
+    cached_at_start: usize,
     completion_tokens: usize,
     /// Log-probabilities of tokens whose text has not been handed out.
     logprobs: Vec<TokenLogprob>,
@@ -55,6 +57,7 @@ impl Choice {
             forced: deltas,
             prompt_tokens,
             cached_tokens: 0,
+            cached_at_start: 0,
             completion_tokens: 0,
             logprobs: Vec::new(),
             has_calls: false,
@@ -103,6 +106,7 @@ impl Choice {
         match event {
             GenerationEvent::Started { cached_tokens, miss } => {
                 self.cached_tokens = cached_tokens;
+                self.cached_at_start = cached_tokens;
                 if let Some(miss) = miss {
                     self.explain(&miss);
                 }
@@ -157,6 +161,11 @@ impl Choice {
             cached_tokens: self.cached_tokens,
             completion_tokens: self.completion_tokens,
         }
+    }
+
+    /// Tokens of the prompt that were cached as the request began.
+    pub(super) fn cached_at_start(&self) -> usize {
+        self.cached_at_start
     }
 
     /// Log-probabilities that belong to the deltas given out last.

@@ -244,7 +244,7 @@ fn generate(
         )
         .with_code("context_length_exceeded"));
     }
-    // What the KV cache has no room for cannot be generated either, and the reply says so. A prompt that leaves none at
+    // What the KV cache has no room for cannot be generated either, and the reply to who asked for more says so. A prompt that leaves none at
     // all is the engine's to refuse, with its numbers.
     let room = room.min(info.most_tokens().saturating_sub(prompt.len()).max(1));
     let asked = options.max_tokens;

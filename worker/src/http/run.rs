@@ -272,8 +272,11 @@ impl Run {
         let mut cached = 0;
         for group in self.choices.chunks(self.per_prompt) {
             usage.prompt_tokens += group.first().map_or(0, |choice| choice.usage().prompt_tokens);
-            // Later choices of a prompt may find it cached by the first; the client's prompt was not.
-            cached += group.first().map_or(0, |choice| choice.usage().cached_tokens);
+            // Choices of one prompt find parts of it cached by one another; the client's prompt was not.
+            cached += match group {
+                [one] => one.usage().cached_tokens,
+                several => several.first().map_or(0, Choice::cached_at_start),
+            };
             usage.completion_tokens += group
                 .iter()
                 .map(|choice| choice.usage().completion_tokens)

@@ -276,6 +276,9 @@ async fn all_cached_tokens_are_told() {
     .await;
     let json = server.chat(json!({"stop": "two"})).await.json();
     assert_eq!(json["usage"]["prompt_tokens_details"]["cached_tokens"], 9);
+    // Several choices reuse what one of them computes.
+    let json = server.chat(json!({"stop": "two", "n": 2})).await.json();
+    assert_eq!(json["usage"]["prompt_tokens_details"]["cached_tokens"], 2);
 }
 
 #[tokio::test]

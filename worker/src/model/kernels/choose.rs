@@ -28,7 +28,8 @@ pub struct KernelReport {
     pub path: &'static str,
     /// Why.
     pub reason: String,
-    /// The largest relative difference of a row's scores from the reference path's.
+    /// The largest relative difference of a row's scores, or of the keys or values that were appended for it, from the
+    /// reference path's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<f32>,
     /// Milliseconds a step with the reference path.
