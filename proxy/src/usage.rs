@@ -120,8 +120,9 @@ impl Usage {
         for object in objects(&METRICS, text) {
             usage.take_metrics(object);
         }
+        let told = usage.prompt;
         for object in objects(&TIMINGS, text) {
-            usage.take_timings(object);
+            usage.take_timings(object, told);
         }
         usage
     }
@@ -138,8 +139,9 @@ impl Usage {
     }
 
     /// llama.cpp's `timings`, which are more exact than its `usage` and often all that there is. `prompt_n` leaves out
-    /// what came from the cache.
-    fn take_timings(&mut self, object: &[u8]) {
+    /// what came from the cache: a server that does not say how much that was is believed in its `usage`, whose
+    /// prompt is `told`.
+    fn take_timings(&mut self, object: &[u8], told: Option<u64>) {
         let Some([prompt, cached, completion, drafted, accepted, reading, writing]) = numbers(
             object,
             [
@@ -155,9 +157,12 @@ impl Usage {
             return;
         };
         let (prompt, cached) = (whole(prompt), whole(cached));
-        self.prompt = prompt
-            .and_then(|n| n.checked_add(cached.unwrap_or(0)))
-            .or(self.prompt);
+        let prompt = match (prompt, cached) {
+            (Some(read), Some(cached)) => read.checked_add(cached),
+            (read, None) => told.or(read),
+            (None, Some(_)) => None,
+        };
+        self.prompt = prompt.or(self.prompt);
         self.cached = cached.or(self.cached);
         self.completion = whole(completion).or(self.completion);
         self.drafted = whole(drafted).or(self.drafted);
@@ -310,6 +315,16 @@ mod tests {
         assert_eq!(usage(&[&stream, &last]), expected, "wherever usage stands");
         let infill = format!(r#"[{{"timings":{{"prompt_n":1,"predicted_n":1}}}},{{{timings}}}]"#);
         assert_eq!(usage(&[&infill]), expected, "the last element of /infill");
+        let before = r#"{"usage":{"prompt_tokens":120,"completion_tokens":3},"timings":{"prompt_n":20,"predicted_n":3}}"#;
+        let infill = r#"[{"timings":{"prompt_n":1}},{"timings":{"prompt_n":20,"predicted_n":3}}]"#;
+        for (text, prompt) in [(before, 120), (infill, 20)] {
+            let expected = Usage {
+                prompt: Some(prompt),
+                completion: Some(3),
+                ..Usage::default()
+            };
+            assert_eq!(usage(&[text]), expected, "without cache_n");
+        }
         let odd = r#"{"timings":{"prompt_n":-1,"predicted_n":2.5,"prompt_per_second":null,"predicted_per_second":1e999}}"#;
         assert_eq!(usage(&[odd]), Usage::default());
     }
