@@ -130,19 +130,11 @@ fn choose(
     permits: Permits<'_>,
 ) -> Result<Choice, Nowhere> {
     let mut refused = false;
-    // A pin is one model: where that is not permitted, nothing takes its place.
-    let pinned = selector.strategy == Strategy::Pin && permits.is_some();
-    let considered = if pinned { 1 } else { selector.targets.len() };
-    let targets: Vec<Target<'_>> = selector
-        .targets
-        .iter()
-        .take(considered)
-        .filter_map(|t| match catalog.resolve(t) {
-            Some(model) if permits.is_some_and(|may| !may(model)) => {
-                refused = true;
-                None
-            }
-            Some(model) => Some(Target::Here(t, model, status(model)?)),
+    let mut targets = Vec::new();
+    for t in &selector.targets {
+        match catalog.resolve(t) {
+            Some(model) if permits.is_some_and(|may| !may(model)) => refused = true,
+            Some(model) => targets.extend(status(model).map(|s| Target::Here(t, model, s))),
             None => {
                 let mut far = catalog.peers.find(t);
                 if let Some(may) = permits {
@@ -150,10 +142,16 @@ fn choose(
                     far.retain(|f| may(&f.name()));
                     refused |= far.len() < all;
                 }
-                (!far.is_empty()).then_some(Target::There(t, far))
+                if !far.is_empty() {
+                    targets.push(Target::There(t, far));
+                }
             }
-        })
-        .collect();
+        }
+        // A pin is the first that there is: where that is not permitted, nothing takes its place.
+        if selector.strategy == Strategy::Pin && (refused || !targets.is_empty()) {
+            break;
+        }
+    }
     if targets.is_empty() && refused {
         return Err(Nowhere::NotPermitted);
     }
@@ -254,7 +252,9 @@ selectors:
   hot: {strategy: warm, targets: [a, b]}
   wide: {strategy: spillover, targets: [a, b], settings: {spillover: 2}}
   out: {strategy: spillover, targets: [a, near/x, far/x], settings: {spillover: 2}}
+  away: {strategy: pin, targets: [seen/x, b, a]}
 peers:
+  seen: {proxy: 'http://seen', refresh: 60}
   near: {proxy: 'http://near', models: [x]}
   far: {proxy: 'http://far', models: [x]}
 profiles:
@@ -346,6 +346,19 @@ profiles:
         assert_eq!(chosen("out", &["b"]), Err(Nowhere::NotPermitted));
         assert_eq!(chosen("first", &["a"]), to("a"));
         assert_eq!(chosen("first", &["b"]), Err(Nowhere::NotPermitted), "a pin");
+        assert_eq!(
+            chosen("away", &["b"]),
+            Err(Nowhere::NotPermitted),
+            "it may be there"
+        );
+        catalog
+            .peers
+            .iter()
+            .find(|p| p.id == "seen")
+            .unwrap()
+            .saw(Vec::new());
+        assert_eq!(chosen("away", &["b"]), to("b"), "it is not there, for nobody");
+        assert_eq!(chosen("away", &["a"]), Err(Nowhere::NotPermitted));
     }
 
     #[test]

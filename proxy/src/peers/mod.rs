@@ -328,7 +328,7 @@ impl Peer {
     }
 
     /// Takes note of the models that it says it has.
-    fn saw(&self, models: Vec<String>) {
+    pub(crate) fn saw(&self, models: Vec<String>) {
         let mut state = self.state.lock();
         state.looked = Some(Instant::now());
         if state.seen.as_deref() != Some(models.as_slice()) {
