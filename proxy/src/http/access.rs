@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use http::header::USER_AGENT;
-use http::{Request, Response, StatusCode, Version};
+use http::{Request, Response, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 
 use super::body::{Body, Broken};
@@ -18,6 +18,9 @@ use crate::logs::Logs;
 /// Paths that are asked for by machines, all the time.
 const QUIET: [&str; 3] = ["/wol-health", "/api/performance", "/metrics"];
 
+/// Status of a request whose client left before there was a reply.
+const GONE: u16 = 499;
+
 /// What is known of a request; its line is written when it is dropped.
 #[derive(Debug)]
 struct Entry {
@@ -26,7 +29,7 @@ struct Entry {
     told: String,
     agent: usize,
     begun: Instant,
-    status: StatusCode,
+    status: u16,
     bytes: u64,
 }
 
@@ -37,7 +40,7 @@ impl Drop for Entry {
         // Piece by piece: a format's arguments are handed over one by one, each by a call that nobody can look through.
         self.logs.inform(|line| {
             line.push_str(request);
-            line.push_str(self.status.as_str());
+            push_number(line, self.status.into());
             line.push(' ');
             push_number(line, self.bytes);
             line.push_str(" \"");
@@ -95,7 +98,7 @@ pub(super) fn begin<B>(logs: &Logs, client: IpAddr, request: &Request<B>) -> Beg
         told,
         agent: behind,
         begun: Instant::now(),
-        status: StatusCode::OK,
+        status: GONE,
         bytes: 0,
     })))
 }
@@ -103,7 +106,7 @@ pub(super) fn begin<B>(logs: &Logs, client: IpAddr, request: &Request<B>) -> Beg
 /// Its reply, counted on the way out.
 pub(super) fn count(response: Response<Body>, Begun(mut entry): Begun) -> Response<Counted> {
     if let Some(entry) = &mut entry {
-        entry.status = response.status();
+        entry.status = response.status().as_u16();
     }
     response.map(|body| Counted { body, entry })
 }
@@ -141,7 +144,8 @@ impl HttpBody for Counted {
 mod tests {
     use super::*;
 
-    fn line(request: http::request::Builder, reply: &'static str) -> String {
+    /// The line of a request; without a reply its client has left.
+    fn line(request: http::request::Builder, reply: Option<&'static str>) -> String {
         let logs = Logs::default();
         let request = request.body(()).unwrap();
         let client = IpAddr::from([127, 0, 0, 1]);
@@ -151,13 +155,14 @@ mod tests {
             .with_max_level(tracing::Level::INFO)
             .finish();
         let begun = tracing::subscriber::with_default(subscriber, || begin(&logs, client, &request));
-        let mut counted = count(
-            Response::new(Body::Full(Bytes::from_static(reply.as_bytes()))),
-            begun,
-        );
-        let mut cx = Context::from_waker(std::task::Waker::noop());
-        assert!(Pin::new(&mut counted).poll_frame(&mut cx).is_ready());
-        drop(counted);
+        if let Some(reply) = reply {
+            let reply = Body::Full(Bytes::from_static(reply.as_bytes()));
+            let mut counted = count(Response::new(reply), begun);
+            let mut cx = Context::from_waker(std::task::Waker::noop());
+            assert!(Pin::new(&mut counted).poll_frame(&mut cx).is_ready());
+        } else {
+            drop(begun);
+        }
         String::from_utf8(logs.history(|_| true)).unwrap()
     }
 
@@ -167,17 +172,22 @@ mod tests {
         let cases = [
             (
                 Request::get("/v1/models?key=secret"),
-                "",
+                Some(""),
                 "GET /v1/models HTTP/1.1\" 200 0 \"\"",
             ),
             (
                 Request::put("/a%1bb")
                     .header("user-agent", "c/1 (\"x\")")
                     .version(Version::HTTP_2),
-                "0123456789",
+                Some("0123456789"),
                 "PUT /a%1bb HTTP/2.0\" 200 10 \"c/1 (\"x\")\"",
             ),
-            (Request::get("/"), long.leak(), "GET / HTTP/1.1\" 200 1090 \"\""),
+            (
+                Request::get("/"),
+                Some(long.leak()),
+                "GET / HTTP/1.1\" 200 1090 \"\"",
+            ),
+            (Request::get("/"), None, "GET / HTTP/1.1\" 499 0 \"\""),
         ];
         for (request, reply, expected) in cases {
             let line = line(request, reply);
@@ -187,7 +197,7 @@ mod tests {
         // Bytes that are no text of their own do not reach a terminal.
         let odd = Request::get("/\u{9b}31mred");
         if odd.uri_ref().is_some() {
-            assert!(line(odd, "").contains("GET /\\u{9b}31mred "));
+            assert!(line(odd, Some("")).contains("GET /\\u{9b}31mred "));
         }
     }
 }
