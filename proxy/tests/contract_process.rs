@@ -82,6 +82,23 @@ models:
     }
 }
 
+/// It may have more to do than to end the command.
+#[test]
+fn a_stop_command_goes_on_when_the_model_has_ended() {
+    let swapd = Swapd::start(
+        "models:
+  m:
+    cmd: 'FAKESERVER --port ${PORT}'
+    env: [JOURNAL]
+    cmdStop: 'sh -c \"kill -TERM ${PID}; sleep 1.5; echo all > DIR/done\"'
+",
+    );
+    assert_eq!(swapd.chat("m", "").status, 200);
+    assert_eq!(swapd.get("/unload").body, "OK");
+    let done = std::fs::read_to_string(swapd.dir.path().join("done"));
+    assert_eq!(done.unwrap(), "all\n", "{}", swapd.get("/logs").body);
+}
+
 #[test]
 fn models_are_preloaded_one_after_the_other() {
     let model = |id: &str| format!("  {id}: {{worker: {{model: DIR, env: [JOURNAL, FAKE_START_MS=200]}}}}\n");

@@ -180,7 +180,7 @@ pub(crate) static ROOT: Object = Object {
             "captureBuffer",
             COUNT,
             "5",
-            "Megabytes for captured requests; 0 keeps none.",
+            "Megabytes for captured requests, and as much again for those in flight; 0 keeps none.",
         ),
         key(
             "maxBodySize",
@@ -270,7 +270,8 @@ pub(crate) static MODEL: Object = Object {
             "cmdStop",
             Ty::Str,
             "",
-            "Command that stops it, instead of SIGTERM; `${PID}` is its process.",
+            "Command that stops it, instead of SIGTERM; `${PID}` is its process. Both have `unloadTimeout` to end in: it \
+             may go on when the process has ended, and is killed then.",
         ),
         key(
             "proxy",

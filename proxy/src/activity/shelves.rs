@@ -24,7 +24,7 @@ pub(super) struct Captures {
 struct Held {
     /// Bytes; 0 keeps nothing.
     limit: usize,
-    /// Of all shelves.
+    /// That all shelves take, filled or not.
     bytes: usize,
     shelves: VecDeque<Shelf>,
 }
@@ -53,7 +53,7 @@ impl Held {
         while self.bytes > limit
             && let Some(oldest) = self.shelves.pop_front()
         {
-            self.bytes -= oldest.text.len();
+            self.bytes -= oldest.text.capacity();
         }
     }
 
@@ -86,9 +86,6 @@ impl Captures {
         if packed.len() > held.limit {
             return;
         }
-        let room = held.limit - packed.len();
-        held.shrink(room);
-        held.bytes += packed.len();
         let fits = |shelf: &&mut Shelf| shelf.text.capacity() - shelf.text.len() >= packed.len();
         match held.shelves.back_mut().filter(fits) {
             Some(shelf) => {
@@ -97,6 +94,9 @@ impl Captures {
             }
             None => {
                 let mut text = Vec::with_capacity(packed.len().max(SHELF));
+                let room = held.limit.saturating_sub(text.capacity());
+                held.shrink(room);
+                held.bytes += text.capacity();
                 text.extend_from_slice(packed);
                 let ends = vec![(id, packed.len())];
                 held.shelves.push_back(Shelf { ends, text });
@@ -132,6 +132,15 @@ mod tests {
         assert_eq!(captures.get(4).unwrap().len(), 400_000);
         captures.set_limit(0, false);
         assert!(captures.ids().is_empty() && captures.room() == 0);
+        // Two of these do not fit on one shelf, whose other half is lost.
+        captures.set_limit(1, false);
+        for id in 1..=40 {
+            captures.put(id, &[0; SHELF / 2 + 1]);
+        }
+        assert_eq!(captures.ids(), (25..=40).collect());
+        assert_eq!(captures.inner.lock().bytes, 1 << 20);
+        captures.set_limit(0, false);
+        assert_eq!(captures.inner.lock().bytes, 0);
     }
 
     #[test]

@@ -28,8 +28,6 @@ const POLL_ANSWER: Duration = Duration::from_secs(5);
 const STRANGER_ANSWER: Duration = Duration::from_secs(1);
 /// What a killed command gets before its supervisor is killed too.
 const SUPERVISOR_GRACE: Duration = Duration::from_secs(2);
-/// What `cmdStop` gets to end by itself when the command has ended.
-const STOPPER_GRACE: Duration = Duration::from_secs(1);
 
 pub(super) async fn run(
     process: &Arc<Process>,
@@ -125,11 +123,17 @@ pub(super) async fn run(
         let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
     }
     if let Some(mut stopper) = stopper {
-        if timeout(STOPPER_GRACE, stopper.child.wait()).await.is_err() {
-            let note = "cmdStop goes on without its command; killed".as_bytes();
-            logs.push(Source::Model(process.model.clone()), note);
-            signal_group(&stopper.child, Signal::SIGKILL);
-            let _ = stopper.child.wait().await;
+        // It may have more to do than to end the command, and has what is left of the grace for it. The order to kill
+        // comes at its end, if it has not come already.
+        loop {
+            tokio::select! {
+                _ = stopper.child.wait() => break,
+                Some(order) = orders.recv() => if order == Order::Kill {
+                    let note = "cmdStop goes on without its command; killed".as_bytes();
+                    logs.push(Source::Model(process.model.clone()), note);
+                    signal_group(&stopper.child, Signal::SIGKILL);
+                },
+            }
         }
         drain_output(stopper.output).await;
     }
