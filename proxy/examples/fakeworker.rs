@@ -226,7 +226,7 @@ impl Drop for Watch {
     }
 }
 
-/// Any upgrade is granted, and every byte comes back.
+/// Any upgrade is granted (but for one of `/hang`, which is never answered), and every byte comes back.
 fn upgrade(mut request: Request<Incoming>) -> Response<Stream> {
     let granted = hyper::upgrade::on(&mut request);
     tokio::spawn(async move {
@@ -247,6 +247,11 @@ fn upgrade(mut request: Request<Incoming>) -> Response<Stream> {
 
 async fn answer(request: Request<Incoming>) -> Result<Response<Stream>, Infallible> {
     if request.headers().contains_key("upgrade") {
+        if request.uri().path() == "/hang" {
+            let _watch = Watch { complete: false };
+            journal("asked to upgrade");
+            std::future::pending::<()>().await;
+        }
         return Ok(upgrade(request));
     }
     let (parts, body) = request.into_parts();

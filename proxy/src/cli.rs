@@ -338,7 +338,7 @@ fn serve(paths: &Paths, options: &ServeOptions) -> Result<(), String> {
             .map_or(0, |d| d.as_secs());
         let reloader = Reloader::new(
             paths.clone(),
-            contents.fingerprint,
+            &contents,
             house.clone(),
             activity.clone(),
             performance.clone(),

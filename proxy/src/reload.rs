@@ -6,6 +6,7 @@
 //! reload and a half-written file is none. It is compared with what was last parsed, by whoever's order, and always
 //! read again afterwards, so that the last edit wins.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -43,17 +44,34 @@ pub struct Reloader {
     outcome: watch::Sender<Outcome>,
     /// What is taken up at the start only, as it was then.
     started: Globals,
-    /// Fingerprint of the files as last parsed, in force or not; none when they could not be read. Held during a
-    /// reload: one at a time, in order.
-    parsed: Mutex<Option<u64>>,
+    /// The files as last parsed, in force or not. Held during a reload: one at a time, in order.
+    parsed: Mutex<Parsed>,
+}
+
+/// What the files were when they were last parsed.
+#[derive(Debug)]
+struct Parsed {
+    /// None when they could not be read.
+    fingerprint: Option<u64>,
+    /// Those without a byte: nobody was in the middle of writing them.
+    empty: HashSet<PathBuf>,
+}
+
+impl Parsed {
+    fn new(contents: &Contents) -> Self {
+        Self {
+            fingerprint: Some(contents.fingerprint),
+            empty: contents.empty_files().map(Path::to_owned).collect(),
+        }
+    }
 }
 
 impl Reloader {
-    /// A reloader of this registry's files, which were parsed when they had this fingerprint.
+    /// A reloader of this registry's files, which were parsed when they held this.
     #[must_use]
     pub fn new(
         paths: Paths,
-        parsed: u64,
+        parsed: &Contents,
         house: Arc<House>,
         activity: Arc<Activity>,
         performance: Arc<Performance>,
@@ -70,7 +88,7 @@ impl Reloader {
             certificate,
             level,
             outcome: watch::Sender::new(Outcome::default()),
-            parsed: Mutex::new(Some(parsed)),
+            parsed: Mutex::new(Parsed::new(parsed)),
         })
     }
 
@@ -94,11 +112,11 @@ impl Reloader {
         let mut parsed = self.parsed.lock().await;
         match Contents::read(&self.paths) {
             Ok(contents) => {
-                *parsed = Some(contents.fingerprint);
+                *parsed = Parsed::new(&contents);
                 self.take(&contents)
             }
             Err(errors) => {
-                *parsed = None;
+                parsed.fingerprint = None;
                 Err(self.refuse(errors))
             }
         }
@@ -139,7 +157,7 @@ impl Reloader {
         self.performance.set_every(performance::every(&registry.globals));
         let changed = diff.changed.iter().map(|id| id.as_str().into()).collect();
         let catalog = Arc::new(Catalog::following(registry, Some(&old)));
-        self.activity.retain(|name| catalog.destination(name).is_some());
+        self.activity.follow(&catalog);
         self.house.reload(catalog, changed);
         Ok(diff)
     }
@@ -164,7 +182,8 @@ impl Reloader {
         // Since when they cannot be read; whether that has been said.
         let mut unreadable: Option<(Instant, bool)> = None;
         loop {
-            if changed || unreadable.is_some_and(|(_, said)| !said) {
+            // What was not read may have changed before it looked as it does now.
+            if changed || unreadable.is_some() {
                 unreadable = match self.follow().await {
                     Ok(()) => None,
                     Err(why) => Some(self.grow_tired(unreadable, why).await),
@@ -182,14 +201,14 @@ impl Reloader {
         let mut parsed = self.parsed.lock().await;
         // What the files hold is read while nobody else does: it is newer than whatever was parsed.
         let contents = Contents::read(&self.paths)?;
-        if *parsed == Some(contents.fingerprint) {
+        if parsed.fingerprint == Some(contents.fingerprint) {
             return Ok(());
         }
-        if let Some(file) = contents.empty_file() {
+        if let Some(file) = contents.empty_files().find(|f| !parsed.empty.contains(*f)) {
             let why = "is empty, as if its writer had only just begun; `swapd reload` takes it as it is";
             return Err(vec![about(file, why.to_owned())]);
         }
-        *parsed = Some(contents.fingerprint);
+        *parsed = Parsed::new(&contents);
         let _ = self.take(&contents);
         Ok(())
     }
@@ -201,7 +220,7 @@ impl Reloader {
             return (since, said);
         }
         // When they are back, they are taken up even if they are as they were: that clears the error.
-        *self.parsed.lock().await = None;
+        self.parsed.lock().await.fingerprint = None;
         self.refuse(why);
         (since, true)
     }
@@ -256,7 +275,7 @@ mod tests {
         let house = House::new(Arc::new(Catalog::new(registry)), crate::logs::Logs::default());
         let reloader = Reloader::new(
             paths,
-            contents.fingerprint,
+            &contents,
             house.clone(),
             Activity::new(10),
             Performance::new(None),

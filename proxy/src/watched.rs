@@ -61,9 +61,9 @@ impl Contents {
         })
     }
 
-    /// A file without a single byte: whoever writes it has only just begun.
-    pub(crate) fn empty_file(&self) -> Option<&Path> {
-        let empty = self.sources.iter().find(|s| s.text.is_empty());
+    /// Files without a single byte: whoever writes one that was not so before has only just begun.
+    pub(crate) fn empty_files(&self) -> impl Iterator<Item = &Path> {
+        let empty = self.sources.iter().filter(|s| s.text.is_empty());
         empty.map(|s| s.path.as_path())
     }
 }
@@ -92,7 +92,9 @@ impl Watched {
                 if matches!(event.kind, EventKind::Access(a) if a != closed) {
                     return;
                 }
-                noted.lock().note(event);
+                if !noted.lock().note(event) {
+                    return;
+                }
             }
             // Full is as good as sent: the files are read after the last event.
             let _ = nudge.try_send(());
@@ -228,7 +230,16 @@ impl Writing {
         }
     }
 
-    fn note(&mut self, event: &Event) {
+    /// Takes note of an event; whether something may have changed by it. What is made or written under a name that
+    /// does not matter changes nothing (a log beside the files may be written to all the time), while what is moved or
+    /// removed there may be a link that leads to them.
+    fn note(&mut self, event: &Event) -> bool {
+        let mut matters = !matches!(
+            event.kind,
+            EventKind::Create(_)
+                | EventKind::Modify(ModifyKind::Data(_) | ModifyKind::Metadata(_) | ModifyKind::Any)
+                | EventKind::Access(_)
+        );
         for path in &event.paths {
             let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else {
                 continue;
@@ -237,6 +248,7 @@ impl Writing {
             if !yaml && !self.names.iter().any(|n| n == name) {
                 continue;
             }
+            matters = true;
             // The name of a link stays: what happens to it does not happen to the file that it leads to.
             let real = dir.canonicalize().unwrap_or_else(|_| dir.to_owned()).join(name);
             match event.kind {
@@ -253,6 +265,7 @@ impl Writing {
                 _ => {}
             }
         }
+        matters
     }
 }
 
@@ -346,8 +359,16 @@ mod tests {
             files: HashMap::new(),
         };
         for kind in kinds {
-            writing.note(&Event::new(*kind).add_path(dir.path().join("config.yaml")));
-            writing.note(&Event::new(*kind).add_path(dir.path().join("other.log")));
+            assert!(writing.note(&Event::new(*kind).add_path(dir.path().join("config.yaml"))));
+            let other = writing.note(&Event::new(*kind).add_path(dir.path().join("other.log")));
+            let moved = matches!(
+                kind,
+                EventKind::Modify(ModifyKind::Name(_)) | EventKind::Remove(_)
+            );
+            assert_eq!(
+                other, moved,
+                "only a link that leads to the files may be among others: {kind:?}"
+            );
         }
         assert!(writing.files.len() <= 1, "other files do not matter");
         writing.files.get(&real).copied()

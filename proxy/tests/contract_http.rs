@@ -234,6 +234,23 @@ fn websockets_are_shown_and_can_be_ended() {
 }
 
 #[test]
+fn a_websocket_that_the_model_never_answers_can_be_ended() {
+    let swapd = Swapd::start(ONE);
+    let upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\n";
+    std::thread::scope(|scope| {
+        let asked = scope.spawn(|| swapd.open("GET", "/upstream/m/hang", upgrade, "").finish());
+        eventually("the model has it", Duration::from_secs(5), || {
+            swapd.journal().contains("asked to upgrade").then_some(())
+        });
+        assert_eq!(swapd.post("/api/inflight/1/cancel", "").status, 200);
+        assert_eq!(asked.join().unwrap().error().1, "cancelled");
+    });
+    eventually("the model has nothing of it", Duration::from_secs(5), || {
+        (swapd.journal().contains("disconnect") && swapd.running()[0]["inflight"] == 0).then_some(())
+    });
+}
+
+#[test]
 fn a_model_that_is_slow_to_stop_holds_no_other_up() {
     // llama-swap: every request to every model waited for it.
     let swapd = Swapd::start(
@@ -272,10 +289,8 @@ fn browsers_get_what_they_ask_for_unasked() {
     );
     for path in ["/upstream", "/upstream/"] {
         let moved = swapd.get(path);
-        assert_eq!(
-            (moved.status, moved.header("location")),
-            (302, Some("/ui/models"))
-        );
+        assert_eq!((moved.status, moved.header("location")), (302, Some("/")));
+        assert_eq!(swapd.get("/").status, 200);
     }
     let ask = "Origin: http://page\r\nAccess-Control-Request-Headers: x-mine, content-type\r\n";
     for (headers, allowed) in [
@@ -447,8 +462,11 @@ fn models_that_are_removed_leave_no_counters_and_no_logs() {
             .body
             .contains("swapd_requests_total{model=\"m\"")
     );
+    // One request ends after the reload, and brings nothing back.
+    let late = swapd.chat_open("m", r#""stream":true,"events":10,"gap_ms":30"#);
     swapd.rewrite("models: {n: {worker: {model: DIR}}}");
     assert_eq!(swapd.post("/api/reload", "").status, 200);
+    assert!(late.finish().complete);
     eventually("its process has ended", Duration::from_secs(5), || {
         (!swapd.get("/metrics").body.contains("\"m\"")).then_some(())
     });

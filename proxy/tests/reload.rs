@@ -191,6 +191,25 @@ fn a_directory_of_files_is_watched_whatever_else_lies_in_it() {
     assert_eq!(log.matches("cannot be read").count(), 1, "{log}");
 }
 
+/// A file that was empty when it was read is no file that somebody has just begun to write.
+#[test]
+fn an_empty_file_among_others_holds_no_edit_up() {
+    let more = tempfile::tempdir().unwrap();
+    std::fs::write(more.path().join("local.yaml"), "").unwrap();
+    let args = ["--watch-config", "--config-dir", more.path().to_str().unwrap()];
+    let model = |name: &str| format!("models: {{{name}: {{worker: {{model: DIR}}}}}}");
+    let swapd = Swapd::start_with(&model("one"), &args);
+    for name in ["two", "three"] {
+        swapd.rewrite(&model(name));
+        eventually(name, 4 * SEC, || (listed(&swapd) == [name]).then_some(()));
+    }
+    // One that is emptied by an order is empty from then on, too.
+    std::fs::write(more.path().join("b.yaml"), "").unwrap();
+    assert_eq!(swapd.post("/api/reload", "").status, 200);
+    swapd.rewrite(&model("four"));
+    eventually("four", 4 * SEC, || (listed(&swapd) == ["four"]).then_some(()));
+}
+
 /// An order to reload and the watcher have the same idea of what was last read.
 #[test]
 fn an_edit_taken_back_right_after_an_order_to_reload_is_taken_back() {

@@ -30,6 +30,7 @@ use self::query::{Found, Page, Totals};
 use self::shelves::Captures;
 use self::store::Store;
 pub use self::trace::{ForwardedAt, Selected, Trace};
+use crate::catalog::Catalog;
 pub use crate::clock::{rfc3339, unix_ms};
 use crate::house::{Ordered, Wire};
 use crate::usage::Usage;
@@ -283,8 +284,22 @@ struct Inner {
     store: Option<Arc<Store>>,
     running: IndexMap<u64, Arc<Running>>,
     counters: IndexMap<ModelId, Counters>,
+    /// Since the first reload: who may have counters.
+    catalog: Option<Arc<Catalog>>,
     next_row: u64,
     next_running: u64,
+}
+
+impl Inner {
+    /// The counters of a model; `None` if the last reload has let go of them: a request that ends later brings nothing
+    /// of them back.
+    fn counters_of(&mut self, model: &ModelId) -> Option<&mut Counters> {
+        let known = |catalog: &Arc<Catalog>| catalog.destination(model).is_some();
+        if !self.counters.contains_key(model) && !self.catalog.as_ref().is_none_or(known) {
+            return None;
+        }
+        Some(self.counters.entry(model.clone()).or_default())
+    }
 }
 
 impl Activity {
@@ -445,9 +460,13 @@ impl Activity {
         self.inner.lock().counters.clone()
     }
 
-    /// Lets go of the counters of models that are not to be kept.
-    pub fn retain(&self, keep: impl Fn(&ModelId) -> bool) {
-        self.inner.lock().counters.retain(|model, _| keep(model));
+    /// Lets go of the counters of models that a new catalog does not have, for good.
+    pub fn follow(&self, catalog: &Arc<Catalog>) {
+        let mut inner = self.inner.lock();
+        inner
+            .counters
+            .retain(|model, _| catalog.destination(model).is_some());
+        inner.catalog = Some(catalog.clone());
     }
 
     /// Takes up what a registry says about keeping. A store that cannot be opened leaves everything as it was.

@@ -200,17 +200,18 @@ impl Drop for Trace {
             priority: self.priority,
             selector: self.selector.take(),
         };
-        let counters = inner.counters.entry(row.model.clone()).or_default();
-        *counters.requests.entry(status).or_default() += 1;
-        counters.prompt_tokens += usage.prompt.unwrap_or(0);
-        counters.completion_tokens += usage.completion.unwrap_or(0);
-        counters.cached_tokens += usage.cached.unwrap_or(0);
-        counters.duration.observe(row.duration);
-        if let Some(time) = since(self.first_byte, running.begun) {
-            counters.first_byte.observe(time);
-        }
-        if let Some(time) = since(self.forwarded, running.begun) {
-            counters.waiting.observe(time);
+        if let Some(counters) = inner.counters_of(&row.model) {
+            *counters.requests.entry(status).or_default() += 1;
+            counters.prompt_tokens += usage.prompt.unwrap_or(0);
+            counters.completion_tokens += usage.completion.unwrap_or(0);
+            counters.cached_tokens += usage.cached.unwrap_or(0);
+            counters.duration.observe(row.duration);
+            if let Some(time) = since(self.first_byte, running.begun) {
+                counters.first_byte.observe(time);
+            }
+            if let Some(time) = since(self.forwarded, running.begun) {
+                counters.waiting.observe(time);
+            }
         }
         let id = row.id;
         match &inner.store {

@@ -39,7 +39,8 @@ pub(super) async fn answer(
     match route {
         Route::Home => Ok(text("swapd is running\n")),
         Route::Icon => Ok(icon()),
-        Route::UpstreamPage => Ok(moved("/ui/models")),
+        // llama-swap: to its page of models, in whose place there is none yet.
+        Route::UpstreamPage => Ok(moved("/")),
         Route::Models => Ok(with_origin(
             json_reply(&listing::models(app, catalog, access)),
             &request,

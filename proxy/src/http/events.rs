@@ -161,9 +161,15 @@ pub fn stream(app: &Arc<App>) -> Response<Body> {
         loop {
             let piece = tokio::select! {
                 () = sender.closed() => return,
-                _ = look.tick() => match progress.news(&app) {
-                    Some(news) => news,
-                    None => continue,
+                _ = look.tick() => {
+                    // A reader that stands still is told later how far they are then, not all that was between.
+                    if sender.capacity() < sender.max_capacity() {
+                        continue;
+                    }
+                    match progress.news(&app) {
+                        Some(news) => news,
+                        None => continue,
+                    }
                 },
                 next = lines.recv() => match next {
                     Ok(next) => line(&next),
@@ -209,4 +215,75 @@ pub fn stream(app: &Arc<App>) -> Response<Body> {
         HeaderValue::from_static("no"),
     );
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use http::{HeaderMap, Method};
+    use http_body_util::BodyExt;
+    use parking_lot::Mutex;
+    use registry::{Options, Registry};
+    use tokio::sync::watch;
+
+    use super::*;
+    use crate::activity::{Activity, Kind};
+    use crate::catalog::Catalog;
+    use crate::cli::Paths;
+    use crate::house::House;
+    use crate::logline::Level;
+    use crate::logs::Logs;
+    use crate::performance::Performance;
+    use crate::reload::Reloader;
+    use crate::watched::Contents;
+
+    fn app() -> Arc<App> {
+        let paths = Paths {
+            config: None,
+            config_dir: None,
+        };
+        let (registry, _) = Registry::from_sources(&[], &Options::default()).unwrap();
+        let house = House::new(Arc::new(Catalog::new(registry)), Logs::default());
+        let (activity, performance) = (Activity::new(10), Performance::new(None));
+        let contents = Contents::read(&paths).unwrap();
+        let (a, p, level) = (activity.clone(), performance.clone(), Level::fixed());
+        let reloader = Reloader::new(paths, &contents, house.clone(), a, p, None, level);
+        Arc::new(App {
+            house,
+            activity,
+            reloader,
+            performance,
+            hardware: None,
+            profile: Mutex::new(None),
+            profile_feed: watch::Sender::new(None),
+            started_unix: 0,
+            via: String::new(),
+        })
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn progress_does_not_pile_up_for_a_reader_that_stands_still() {
+        let app = app();
+        let (path, headers) = ("/v1/x".to_owned(), HeaderMap::new());
+        let client = "::1".to_owned();
+        let mut trace = app
+            .activity
+            .begin(Kind::Shown, "m".into(), Method::POST, path, client, &headers);
+        let mut body = stream(&app).into_body();
+        for _ in 0..40 {
+            trace.piece(b"12345", Instant::now());
+            tokio::time::sleep(PROGRESS).await;
+        }
+        // Read on until nothing comes for a while.
+        let mut told = Vec::new();
+        while let Ok(Some(Ok(frame))) = tokio::time::timeout(4 * PROGRESS, body.frame()).await {
+            let text = String::from_utf8(frame.into_data().unwrap().to_vec()).unwrap();
+            told.extend(text.contains("upsert").then_some(text));
+        }
+        let [last] = &told[..] else {
+            panic!("{} pieces: {told:?}", told.len());
+        };
+        assert!(last.contains("resp_bytes\\\":200"), "where it is now: {last}");
+    }
 }

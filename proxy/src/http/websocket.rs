@@ -111,7 +111,11 @@ pub(super) async fn forward(
     if let Some(protocol) = protocol {
         onward.headers_mut().insert(header::UPGRADE, protocol);
     }
-    let sent = pool.send(&onward, &|_| ()).await;
+    let sent = tokio::select! {
+        biased;
+        why = wire.until_ordered() => return Err(error::ordered(model, why)),
+        sent = pool.send(&onward, &|_| ()) => sent,
+    };
     let response = sent.map_err(|e| error::no_reply(model, &e, &app.house.logs.tail(model, 20)))?;
     if response.status() != StatusCode::SWITCHING_PROTOCOLS {
         let status = response.status();
