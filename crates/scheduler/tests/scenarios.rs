@@ -351,9 +351,8 @@ fn commands_get_shorter_as_the_context_grows() {
     assert_eq!((lengths[0], lengths[1], *lengths.last().unwrap()), (256, 256, 16));
 }
 
-/// The last to have arrived gives way, waits for the value of its last draw, and goes on where it was.
-#[test]
-fn a_preempted_sequence_goes_on_after_its_last_draw() {
+/// Two sequences that cannot both grow to their ends.
+fn two_in_a_tight_pool() -> Scheduler {
     let mut config = config();
     config.cache.total_blocks = 6;
     config.cache.generation_share = 1;
@@ -361,6 +360,19 @@ fn a_preempted_sequence_goes_on_after_its_last_draw() {
     for id in 0..2 {
         submit(&mut scheduler, id, own(id, 31), 40);
     }
+    scheduler
+}
+
+/// Who draws in a step.
+fn draws(plan: &Plan) -> Vec<SeqId> {
+    let last = plan.prefill.iter().filter(|part| part.last).map(|part| part.id);
+    last.chain(plan.decode.iter().map(|decode| decode.id)).collect()
+}
+
+/// The last to have arrived gives way, waits for the value of its last draw, and goes on where it was.
+#[test]
+fn a_preempted_sequence_goes_on_after_its_last_draw() {
+    let mut scheduler = two_in_a_tight_pool();
     let mut unread: Vec<SeqId> = Vec::new();
     let mut drawn = [0; 2];
     let mut seen = None;
@@ -382,9 +394,7 @@ fn a_preempted_sequence_goes_on_after_its_last_draw() {
             assert_eq!(plan.prefill[0].first, None, "that was said before");
             seen = None;
         }
-        let draws = plan.prefill.iter().filter(|part| part.last).map(|part| part.id);
-        let draws = draws.chain(plan.decode.iter().map(|decode| decode.id)).collect();
-        for id in std::mem::replace(&mut unread, draws) {
+        for id in std::mem::replace(&mut unread, draws(&plan)) {
             drawn[id.0 as usize] += 1;
             scheduler.token(id, 7);
             if drawn[id.0 as usize] == 40 {
@@ -467,20 +477,12 @@ fn a_device_that_fails_takes_all_that_runs_and_what_was_cached() {
 /// A draw that will never be read must not keep the queue waiting for it.
 #[test]
 fn a_device_that_fails_takes_the_preempted_whose_draw_was_in_flight() {
-    let mut config = config();
-    config.cache.total_blocks = 6;
-    config.cache.generation_share = 1;
-    let mut scheduler = scheduler(config);
-    for id in 0..2 {
-        submit(&mut scheduler, id, own(id, 31), 40);
-    }
+    let mut scheduler = two_in_a_tight_pool();
     let mut unread: Vec<SeqId> = Vec::new();
     while scheduler.counters().preempted == 0 {
         let plan = scheduler.plan(NOW);
-        let draws = plan.prefill.iter().filter(|part| part.last).map(|part| part.id);
-        let draws = draws.chain(plan.decode.iter().map(|decode| decode.id)).collect();
         if plan.preempted.is_empty() {
-            for id in std::mem::replace(&mut unread, draws) {
+            for id in std::mem::replace(&mut unread, draws(&plan)) {
                 scheduler.token(id, 7);
             }
         }
