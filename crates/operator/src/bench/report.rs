@@ -12,7 +12,7 @@ use super::client::Reply;
 use super::load::{Record, Round, Target};
 use super::options::Options;
 use super::prompts::Calibration;
-use super::stats::{Arrival, Distribution, Rounds, full_rate};
+use super::stats::{Arrival, Distribution, LEAST_SHARE, Rounds, full_rate};
 
 /// Everything that was measured.
 #[derive(Debug, Clone, Serialize)]
@@ -60,7 +60,8 @@ pub struct Figures {
     pub completion_tokens: Option<Distribution>,
     /// Tokens generated per second of the whole round.
     pub tokens_per_second: Option<Rounds>,
-    /// The same over the time in which every stream was being written; nothing with `--rate`.
+    /// The same over the time in which every stream was being written; nothing with `--rate`, and nothing of rounds in
+    /// which that was less than a tenth of the time in which anything was.
     pub full_tokens_per_second: Option<Rounds>,
     /// Requests that ended per second.
     pub requests_per_second: Option<Rounds>,
@@ -86,6 +87,8 @@ pub struct RoundFigures {
     pub tokens_per_second: f64,
     /// As in [`Figures`].
     pub full_tokens_per_second: Option<f64>,
+    /// Share of the time in which anything was written that it is, or would be, measured over.
+    pub full_share: Option<f64>,
     /// As in [`Figures`].
     pub requests_per_second: f64,
     /// The middle time to the first text, in milliseconds.
@@ -219,11 +222,15 @@ fn round_figures(round: &Round, streams: Option<usize>) -> RoundFigures {
             tokens: reply.tokens,
         })
         .collect();
+    let full = streams.and_then(|streams| full_rate(&arrivals, streams));
     let middle = |values: Option<Distribution>| values.map(|d| d.p50);
     RoundFigures {
         wall,
         tokens_per_second: tokens as f64 / wall,
-        full_tokens_per_second: streams.and_then(|streams| full_rate(&arrivals, streams)),
+        full_tokens_per_second: full
+            .filter(|full| full.share >= LEAST_SHARE)
+            .map(|full| full.rate),
+        full_share: full.map(|full| full.share),
         requests_per_second: replies(&round.records).count() as f64 / wall,
         ttft_ms: middle(Distribution::of_millis(first_text(&round.records, is_cold))),
         repeat_ttft_ms: middle(Distribution::of_millis(first_text(&round.records, is_repeated))),
