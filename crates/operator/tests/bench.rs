@@ -12,6 +12,11 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use clap::Parser;
+use operator::bench::client::Client;
+use operator::bench::load::{self, Pace, Target};
+use operator::bench::prompts::{self, Calibration};
+use operator::bench::report::Latency;
+use operator::bench::stats::Distribution;
 use operator::bench::{self, BenchError, Options, Report};
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -199,6 +204,11 @@ fn scripted<F: Future<Output = ()>>(test: impl FnOnce(Server) -> F) {
 }
 
 #[track_caller]
+fn times(found: Option<Latency>) -> Distribution {
+    found.unwrap().times.unwrap()
+}
+
+#[track_caller]
 fn near(found: f64, expected: f64) {
     assert!(
         (found - expected).abs() < 1e-6 * expected.abs().max(1.0) + 1.01,
@@ -228,7 +238,7 @@ fn known_times_are_reported_as_they_are() {
             (found.model.as_str(), found.succeeded, found.failed),
             ("steady", 4, 0)
         );
-        let (ttft, itl) = (found.ttft_ms.unwrap(), found.itl_ms.unwrap());
+        let (ttft, itl) = (times(found.ttft_ms), times(found.itl_ms));
         for value in [ttft.min, ttft.p50, ttft.p99, ttft.max] {
             near(value, 70.0);
         }
@@ -236,9 +246,9 @@ fn known_times_are_reported_as_they_are() {
         for value in [itl.min, itl.mean, itl.p99, itl.max] {
             near(value, 20.0);
         }
-        near(found.duration_ms.unwrap().p50, 150.0);
+        near(times(found.duration_ms).p50, 150.0);
         // 80 ms for the 9 tokens after the first.
-        let tpot = found.tpot_ms.unwrap();
+        let tpot = times(found.tpot_ms);
         assert_eq!(tpot.count, 4);
         assert!((tpot.p50 - 80.0 / 9.0).abs() < 0.3, "{tpot:?}");
         assert_eq!(found.completion_tokens.unwrap().mean, 10.0);
@@ -296,14 +306,15 @@ fn endpoints_are_compared_round_by_round_with_the_same_prompts() {
 #[test]
 fn every_failure_has_its_kind_and_does_not_count_as_success() {
     scripted(async |server| {
-        for (model, kind) in [
-            ("busy", "http 503"),
-            ("cut", "broken off"),
-            ("endless", "broken off"),
-            ("failing", "stream error"),
-            ("garbage", "malformed"),
-            ("hanging", "timeout"),
-            ("empty", "empty"),
+        // Whether it said something before.
+        for (model, kind, spoke) in [
+            ("busy", "http 503", false),
+            ("cut", "broken off", true),
+            ("endless", "broken off", true),
+            ("failing", "stream error", true),
+            ("garbage", "malformed", true),
+            ("hanging", "timeout", true),
+            ("empty", "empty", false),
         ] {
             let endpoint = format!("{}#{model}", server.address);
             let report = measure(&[&endpoint, "--requests", "2", "--warmup", "0", "--timeout", "5"])
@@ -317,7 +328,33 @@ fn every_failure_has_its_kind_and_does_not_count_as_success() {
                 "{model}: {:?}",
                 found.errors
             );
-            assert!(found.ttft_ms.is_none() && found.tokens_per_second.unwrap().max == 0.0);
+            assert_eq!(found.tokens_per_second.unwrap().max, 0.0);
+            // The first token counts, the rest does not; who never had one is told beside the percentiles.
+            let ttft = found.ttft_ms.unwrap();
+            assert_eq!(
+                (ttft.times.map_or(0, |d| d.count), ttft.failed),
+                if spoke { (2, 0) } else { (0, 2) },
+                "{model}"
+            );
+            if let Some(times) = ttft.times {
+                near(times.max, 70.0);
+            }
+            for latency in [found.tpot_ms, found.itl_ms, found.duration_ms] {
+                let latency = latency.unwrap();
+                assert_eq!((latency.times, latency.failed), (None, 2), "{model}");
+            }
+            let table = report.to_string();
+            let row = table
+                .lines()
+                .find(|line| line.contains("last token, ms"))
+                .unwrap();
+            assert_eq!(
+                row.split_whitespace().skip(3).collect::<Vec<_>>(),
+                ["0", "2"],
+                "{row}"
+            );
+            let json: Value = serde_json::from_str(&report.to_json()).unwrap();
+            assert_eq!(json["endpoints"][0]["duration_ms"], json!({"failed": 2}));
             assert_eq!(report.exit_code(), bench::FAILED);
             assert!(report.to_string().contains(kind));
         }
@@ -380,8 +417,7 @@ fn turns_and_repeats_are_told_apart() {
         let report = measure(&line).await.unwrap();
         let found = &report.endpoints[0];
         assert_eq!(found.succeeded, 2 * 2 * 3);
-        let counts =
-            [found.ttft_ms, found.later_turn_ttft_ms, found.repeat_ttft_ms].map(|d| d.unwrap().count);
+        let counts = [found.ttft_ms, found.later_turn_ttft_ms, found.repeat_ttft_ms].map(|d| times(d).count);
         assert_eq!(counts, [2, 2, 8]);
         let streamed = server.streamed();
         assert!(streamed.iter().all(|r| r["top_k"] == 3));
@@ -424,6 +460,46 @@ fn a_rate_is_kept_however_slow_the_server() {
         let wall = found.rounds[0].wall;
         assert!((wall - (9.0 * 0.05 + 0.15)).abs() < 0.02, "{wall}");
         assert_eq!(found.full_tokens_per_second, None);
+    });
+}
+
+#[test]
+fn a_request_that_was_sent_late_waited_since_it_was_due() {
+    scripted(async |server| {
+        let line = ["mlx-bench", &server.address, "--tokens", "10", "--turns", "2"];
+        let options = Options::try_parse_from(line).unwrap();
+        let target = Rc::new(Target {
+            client: Client::new(&options.endpoint, None, options.timeout),
+            model: "steady".to_owned(),
+            fields: serde_json::from_value(json!({"stream": true})).unwrap(),
+            api: options.api,
+            repeats: 1,
+        });
+        let conversations = prompts::conversations(&options, 1, 0, 3, &Calibration::default());
+        // All three are due before the first can be sent, as on a machine that stood still for a moment.
+        let pace = Pace::At([500, 100, 450].map(Duration::from_millis).to_vec());
+        let round = load::round(&target, &pace, conversations).await;
+        let mut found: Vec<(u128, usize, f64)> = round
+            .records
+            .iter()
+            .map(|record| {
+                let first = record.first.unwrap().as_secs_f64() * 1e3;
+                assert_eq!(record.result.as_ref().unwrap().pieces[0], record.first.unwrap());
+                (record.started.as_millis(), record.turn, first)
+            })
+            .collect();
+        found.sort_by_key(|(due, turn, _)| (*turn, *due));
+        let first_turns = [(100, 470.0), (450, 120.0), (500, 70.0)];
+        for ((due, turn, first), (wanted_due, wanted)) in found.iter().zip(first_turns) {
+            assert_eq!((*due, *turn), (wanted_due, 0));
+            near(*first, wanted);
+        }
+        // What answers a reply is due when that has been read.
+        for (_, turn, first) in &found[3..] {
+            assert_eq!(*turn, 1);
+            near(*first, 70.0);
+        }
+        assert_eq!(found.len(), 6);
     });
 }
 

@@ -1,6 +1,7 @@
 //! One request over one kept connection, and the moments at which its reply came.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::time::Duration;
 
 use api_types::sse::Decoder;
@@ -73,10 +74,19 @@ pub struct Client {
     limit: Duration,
 }
 
+/// What became of a request for a stream.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// When the first text came, whatever came afterwards, since the request was due.
+    pub first: Option<Duration>,
+    /// The whole reply.
+    pub result: Result<Reply, Failure>,
+}
+
 /// A streamed reply that came to its end.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Reply {
-    /// When each piece of text came, since the request was sent.
+    /// When each piece of text came, counted as the first of the [`Answer`] is.
     pub pieces: Vec<Duration>,
     /// Tokens generated: as the server says, otherwise the number of pieces.
     pub tokens: usize,
@@ -156,22 +166,20 @@ impl Client {
         .await
     }
 
-    /// A request with `"stream": true`, read to its end.
-    ///
-    /// # Errors
-    /// See [`Failure`].
-    pub async fn stream(
-        &self,
-        connection: &mut Connection,
-        path: &str,
-        body: Bytes,
-    ) -> Result<Reply, Failure> {
-        self.limited(connection, async |connection| {
-            let sent = Instant::now();
-            let response = self.send(connection, Method::POST, path, body).await?;
-            read(response, sent).await
-        })
-        .await
+    /// A request with `"stream": true`, read to its end. All moments are counted from `due`, when it should have been
+    /// sent: if this program was late, that was time in which a person waited.
+    pub async fn stream(&self, connection: &mut Connection, path: &str, body: Bytes, due: Instant) -> Answer {
+        let first = Cell::new(None);
+        let result = self
+            .limited(connection, async |connection| {
+                let response = self.send(connection, Method::POST, path, body).await?;
+                read(response, due, &first).await
+            })
+            .await;
+        Answer {
+            first: first.get(),
+            result,
+        }
     }
 
     async fn limited<T>(
@@ -259,7 +267,12 @@ async fn collect(response: Response<Incoming>) -> Result<Bytes, Failure> {
     Ok(body.to_bytes())
 }
 
-async fn read(response: Response<Incoming>, sent: Instant) -> Result<Reply, Failure> {
+/// Reads a stream to its end; `first` is set when its first text comes, because a stream may break after that.
+async fn read(
+    response: Response<Incoming>,
+    due: Instant,
+    first: &Cell<Option<Duration>>,
+) -> Result<Reply, Failure> {
     let mut body = response.into_body();
     let mut decoder = Decoder::new();
     let mut reply = Reply {
@@ -277,7 +290,7 @@ async fn read(response: Response<Incoming>, sent: Instant) -> Result<Reply, Fail
             Err(_) if done => break,
             Err(error) => return Err(broken(&error)),
         };
-        let now = sent.elapsed();
+        let now = due.elapsed();
         let Some(data) = frame.data_ref() else { continue };
         for event in decoder.push(data) {
             if event.data == "[DONE]" {
@@ -301,6 +314,7 @@ async fn read(response: Response<Incoming>, sent: Instant) -> Result<Reply, Fail
             }
             if generated {
                 reply.pieces.push(now);
+                first.set(first.get().or(Some(now)));
             }
         }
     }

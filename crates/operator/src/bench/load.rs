@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
-use super::client::{Client, Connection, Failure, Reply};
+use super::client::{Answer, Client, Connection, Failure, Reply};
 use super::options::{Api, Arrivals};
 use super::prompts::{Conversation, History};
 
@@ -62,8 +62,11 @@ pub struct Record {
     pub turn: usize,
     /// How often the same prompt had been sent before.
     pub repeat: usize,
-    /// Since the round began.
+    /// When it was due, since the round began: with a rate, the first request of a conversation is due when the
+    /// conversation is; any other when what it follows has ended. The reply's moments count from here.
     pub started: Duration,
+    /// When the first text came, also of a stream that broke afterwards.
+    pub first: Option<Duration>,
     /// What came.
     pub result: Result<Reply, Failure>,
 }
@@ -94,7 +97,7 @@ pub async fn round(target: &Rc<Target>, pace: &Pace, conversations: Vec<Conversa
                         let Some(next) = waiting.borrow_mut().pop_front() else {
                             break;
                         };
-                        converse(&target, &mut connection, next, began, &records).await;
+                        converse(&target, &mut connection, next, (began, None), &records).await;
                     }
                 });
             }
@@ -105,12 +108,13 @@ pub async fn round(target: &Rc<Target>, pace: &Pace, conversations: Vec<Conversa
                 let Some(next) = waiting.borrow_mut().pop_front() else {
                     break;
                 };
-                tokio::time::sleep_until(began + *moment).await;
+                let due = began + *moment;
+                tokio::time::sleep_until(due).await;
                 let (target, records, idle) = (target.clone(), records.clone(), idle.clone());
                 tasks.spawn_local(async move {
                     let kept = idle.borrow_mut().pop();
                     let mut connection = kept.unwrap_or_default();
-                    converse(&target, &mut connection, next, began, &records).await;
+                    converse(&target, &mut connection, next, (began, Some(due)), &records).await;
                     idle.borrow_mut().push(connection);
                 });
             }
@@ -128,7 +132,7 @@ async fn converse(
     target: &Target,
     connection: &mut Connection,
     conversation: Conversation,
-    began: Instant,
+    (began, mut due): (Instant, Option<Instant>),
     records: &RefCell<Vec<Record>>,
 ) {
     let mut history = History::new(target.api, &conversation.shared);
@@ -138,16 +142,18 @@ async fn converse(
         let body = Bytes::from(Value::Object(body).to_string());
         let mut said = None;
         for repeat in 0..target.repeats {
-            let started = began.elapsed();
-            let result = target
+            // Not when it is sent: a program that is late, as the whole machine is busy, would forgive the server that.
+            let due = due.take().unwrap_or_else(Instant::now);
+            let Answer { first, result } = target
                 .client
-                .stream(connection, history.path(), body.clone())
+                .stream(connection, history.path(), body.clone(), due)
                 .await;
             said = result.as_ref().ok().map(|reply| reply.text.clone());
             records.borrow_mut().push(Record {
                 turn,
                 repeat,
-                started,
+                started: due - began,
+                first,
                 result,
             });
             if said.is_none() {

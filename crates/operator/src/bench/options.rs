@@ -14,6 +14,9 @@ An ENDPOINT is [NAME=]URL[#MODEL], such as here=http://127.0.0.1:8000#demo; with
 
 Exit codes: 0 every request succeeded; 1 some failed; 2 the command line makes no sense; 3 an endpoint cannot be used.";
 
+/// How long conversations arrive with `--rate` where nobody says how many: time enough for a queue to show.
+const SECONDS_OF_ARRIVALS: f64 = 30.0;
+
 /// Measures OpenAI endpoints under load: time to first token, time per token, throughput, errors.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "mlx-bench", version, after_help = EXIT_CODES)]
@@ -33,7 +36,7 @@ pub struct Options {
     /// How they arrive with --rate.
     #[arg(long, value_enum, default_value_t = Arrivals::Poisson)]
     pub arrivals: Arrivals,
-    /// Conversations in each round [default: 2 for each stream, at least 4].
+    /// Conversations in each round [default: 2 for each stream, or what arrives in 30 s at the rate; at least 4].
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     pub requests: Option<usize>,
     /// Rounds [default: 1; 3 with --compare].
@@ -101,7 +104,13 @@ impl Options {
     /// Conversations of each round.
     #[must_use]
     pub fn conversations(&self) -> usize {
-        self.requests.unwrap_or_else(|| (2 * self.streams).max(4))
+        self.requests.unwrap_or_else(|| {
+            let natural = match self.rate {
+                Some(rate) => (rate * SECONDS_OF_ARRIVALS).ceil() as usize,
+                None => 2 * self.streams,
+            };
+            natural.max(4)
+        })
     }
 }
 
@@ -275,6 +284,10 @@ mod tests {
         let compared = ["mlx-bench", "http://a", "--compare", "http://b", "--streams", "8"];
         let options = Options::try_parse_from(compared).unwrap();
         assert_eq!((options.rounds(), options.conversations()), (3, 16));
+        for (rate, conversations) in [("10", 300), ("0.5", 15), ("0.01", 4)] {
+            let options = Options::try_parse_from(["mlx-bench", "http://a", "--rate", rate]).unwrap();
+            assert_eq!(options.conversations(), conversations);
+        }
         for wrong in [
             &["--streams", "0"][..],
             &["--streams", "2", "--rate", "1"],

@@ -40,18 +40,18 @@ pub struct Figures {
     pub failed: usize,
     /// The failed ones by kind.
     pub errors: BTreeMap<String, Errors>,
-    /// Milliseconds to the first text.
-    pub ttft_ms: Option<Distribution>,
+    /// Milliseconds to the first text, of streams that broke afterwards too.
+    pub ttft_ms: Option<Latency>,
     /// Of prompts that had been sent before, with `--repeats`; `ttft_ms` leaves them out.
-    pub repeat_ttft_ms: Option<Distribution>,
+    pub repeat_ttft_ms: Option<Latency>,
     /// Of second and later turns, with `--turns`; `ttft_ms` leaves them out.
-    pub later_turn_ttft_ms: Option<Distribution>,
+    pub later_turn_ttft_ms: Option<Latency>,
     /// Milliseconds per token after the first, one value for each request.
-    pub tpot_ms: Option<Distribution>,
+    pub tpot_ms: Option<Latency>,
     /// Milliseconds between pieces of text.
-    pub itl_ms: Option<Distribution>,
+    pub itl_ms: Option<Latency>,
     /// Milliseconds to the last text.
-    pub duration_ms: Option<Distribution>,
+    pub duration_ms: Option<Latency>,
     /// Tokens of the prompts, as the server counts.
     pub prompt_tokens: Option<Distribution>,
     /// Of them from a cache, as the server says.
@@ -67,6 +67,31 @@ pub struct Figures {
     pub requests_per_second: Option<Rounds>,
     /// Those figures of each round.
     pub rounds: Vec<RoundFigures>,
+}
+
+/// How times are spread, and how many requests should have had one.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Latency {
+    /// The times there are; nothing if every request failed.
+    #[serde(flatten)]
+    pub times: Option<Distribution>,
+    /// Requests that failed before they had the time. They are in no percentile: a server that refuses the slow ones
+    /// looks fast.
+    pub failed: usize,
+}
+
+impl Latency {
+    /// `None` where nothing was to be measured.
+    fn of(times: impl IntoIterator<Item = Duration>, failed: usize) -> Option<Self> {
+        let times = Distribution::of_millis(times);
+        (times.is_some() || failed > 0).then_some(Self { times, failed })
+    }
+
+    /// To the first text, of the requests that are wanted.
+    fn to_first(records: &[Record], wanted: fn(&Record) -> bool) -> Option<Self> {
+        let silent = records.iter().filter(|r| wanted(r) && r.first.is_none());
+        Self::of(first_text(records, wanted), silent.count())
+    }
 }
 
 /// Failures of one kind.
@@ -181,13 +206,11 @@ fn replies(records: &[Record]) -> impl Iterator<Item = (&Record, &Reply)> {
     records.iter().filter_map(|r| Some((r, r.result.as_ref().ok()?)))
 }
 
-fn first_text<'a>(
-    records: &'a [Record],
-    wanted: impl Fn(&Record) -> bool + 'a,
-) -> impl Iterator<Item = Duration> + 'a {
-    replies(records)
-        .filter(move |(record, _)| wanted(record))
-        .filter_map(|(_, reply)| reply.pieces.first().copied())
+fn first_text(records: &[Record], wanted: fn(&Record) -> bool) -> impl Iterator<Item = Duration> {
+    records
+        .iter()
+        .filter(move |record| wanted(record))
+        .filter_map(|record| record.first)
 }
 
 fn is_cold(record: &Record) -> bool {
@@ -267,16 +290,23 @@ fn figures(name: &str, target: &Target, rounds: &[Round], streams: Option<usize>
         succeeded: records.len() - failed,
         failed,
         errors,
-        ttft_ms: Distribution::of_millis(first_text(&records, is_cold)),
-        repeat_ttft_ms: Distribution::of_millis(first_text(&records, is_repeated)),
-        later_turn_ttft_ms: Distribution::of_millis(first_text(&records, is_later_turn)),
-        tpot_ms: Distribution::of_millis(replies(&records).filter_map(|(_, reply)| per_token(reply))),
-        itl_ms: Distribution::of_millis(replies(&records).flat_map(|(_, reply)| {
-            let later = reply.pieces.iter().skip(1);
-            later.zip(&reply.pieces).map(|(this, before)| *this - *before)
-        })),
-        duration_ms: Distribution::of_millis(
+        ttft_ms: Latency::to_first(&records, is_cold),
+        repeat_ttft_ms: Latency::to_first(&records, is_repeated),
+        later_turn_ttft_ms: Latency::to_first(&records, is_later_turn),
+        tpot_ms: Latency::of(
+            replies(&records).filter_map(|(_, reply)| per_token(reply)),
+            failed,
+        ),
+        itl_ms: Latency::of(
+            replies(&records).flat_map(|(_, reply)| {
+                let later = reply.pieces.iter().skip(1);
+                later.zip(&reply.pieces).map(|(this, before)| *this - *before)
+            }),
+            failed,
+        ),
+        duration_ms: Latency::of(
             replies(&records).filter_map(|(_, reply)| reply.pieces.last().copied()),
+            failed,
         ),
         prompt_tokens: counts(|reply| reply.prompt_tokens.map(|n| n as f64)),
         cached_tokens: counts(|reply| reply.cached_tokens.map(|n| n as f64)),
@@ -366,31 +396,45 @@ impl Figures {
                 writeln!(f, "  {label:<24} {}", spread(value, 1))?;
             }
         }
-        let mut table = String::new();
-        for (label, values) in [
+        let times = [
             ("first token, ms", self.ttft_ms),
             ("  of repeated prompts", self.repeat_ttft_ms),
             ("  of later turns", self.later_turn_ttft_ms),
             ("time per token, ms", self.tpot_ms),
             ("between pieces, ms", self.itl_ms),
             ("last token, ms", self.duration_ms),
+        ];
+        let counts = [
             ("prompt tokens", self.prompt_tokens),
             ("  from a cache", self.cached_tokens),
             ("generated tokens", self.completion_tokens),
-        ] {
-            let Some(d) = values else { continue };
+        ];
+        let times = times.map(|(label, latency)| (label, latency.map(|l| (l.times, Some(l.failed)))));
+        let counts = counts.map(|(label, values)| (label, values.map(|d| (Some(d), None))));
+        let mut table = String::new();
+        for (label, row) in times.into_iter().chain(counts) {
+            let Some((values, failed)) = row else { continue };
             write!(table, "  {label:<24}")?;
-            for value in [d.mean, d.p50, d.p90, d.p95, d.p99, d.max] {
-                write!(table, " {value:>9.1}")?;
+            match values {
+                Some(d) => {
+                    for value in [d.mean, d.p50, d.p90, d.p95, d.p99, d.max] {
+                        write!(table, " {value:>9.1}")?;
+                    }
+                    write!(table, " {:>7}", d.count)?;
+                }
+                None => write!(table, " {:>67}", 0)?,
             }
-            writeln!(table)?;
+            match failed {
+                Some(failed) => writeln!(table, " {failed:>7}")?,
+                None => writeln!(table)?,
+            }
         }
         if !table.is_empty() {
             write!(f, "  {:<24}", "")?;
             for head in ["mean", "p50", "p90", "p95", "p99", "max"] {
                 write!(f, " {head:>9}")?;
             }
-            writeln!(f, "\n{table}")?;
+            writeln!(f, " {:>7} {:>7}\n{table}", "values", "failed")?;
         }
         Ok(())
     }

@@ -260,8 +260,8 @@ mod tests {
         // Alone: 100 ms at either end, a token each.
         close(full_rate(&[one.clone(), other], 1), 10.0, 0.4);
         close(full_rate(std::slice::from_ref(&one), 1), 10.0, 1.0);
-        assert_eq!(full_rate(&[one.clone()], 2), None);
-        assert_eq!(full_rate(&[one], 0), None);
+        assert_eq!(full_rate(std::slice::from_ref(&one), 2), None);
+        assert_eq!(full_rate(std::slice::from_ref(&one), 0), None);
         // Two tokens in each piece but the first.
         close(full_rate(&[arrival(&[0, 100, 200], 5)], 1), 20.0, 1.0);
         assert_eq!(full_rate(&[arrival(&[7], 1)], 1), None);
