@@ -55,7 +55,7 @@ impl<S: Clone> KvCache<S> {
                 format!("{block:?} counts {refs} holders and has {count}")
             })?;
         }
-        let promised: usize = self.sequences.values().map(|sequence| sequence.promised()).sum();
+        let promised: usize = self.sequences.values().map(|sequence| sequence.credit).sum();
         ensure(promised == self.promised, || {
             format!("{} promised in all, {promised} in parts", self.promised)
         })?;

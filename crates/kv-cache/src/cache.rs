@@ -100,20 +100,12 @@ impl<S: Clone> KvCache<S> {
     }
 
     /// The numbers of a request that can never run; `None` if it fits an empty pool. For a 400 before any queueing.
-    pub fn never_fits(
-        &self,
-        prompt_tokens: usize,
-        max_new_tokens: usize,
-        sequences: usize,
-    ) -> Option<TooLarge> {
+    pub fn never_fits(&self, prompt_tokens: usize, max_new_tokens: usize) -> Option<TooLarge> {
+        // Alone in the pool a sequence must be able to reach its end.
         let needed_tokens = prompt_tokens.saturating_add(max_new_tokens);
-        // Alone in the pool a sequence must be able to reach its end, and the promise to all alternatives be kept.
-        let alone = self.config.blocks_for(needed_tokens);
-        let together = self.promise(prompt_tokens, max_new_tokens, sequences).0;
-        let needed_blocks = alone.max(together);
+        let needed_blocks = self.config.blocks_for(needed_tokens);
         (needed_blocks > self.config.total_blocks).then(|| TooLarge {
             needed_tokens,
-            sequences,
             capacity_tokens: self.config.capacity_tokens(),
             needed_blocks,
             capacity_blocks: self.config.total_blocks,
@@ -125,22 +117,10 @@ impl<S: Clone> KvCache<S> {
         })
     }
 
-    /// Blocks to promise to a request when nothing is cached, and how many of them go along with each fork.
-    fn promise(&self, prompt: usize, max_new: usize, sequences: usize) -> (usize, usize) {
-        let first = self
-            .config
-            .blocks_for(prompt.saturating_add(max_new.min(self.config.generation_share)));
-        let forks = sequences.saturating_sub(1);
-        let block_size = self.config.block_size;
-        let each = first - (prompt / block_size).min(first);
-        // Of the sharers of a last, partial block all but one copy it. Which one does not is open: one spare.
-        let spare = usize::from(forks > 0 && !prompt.is_multiple_of(block_size));
-        (
-            first
-                .saturating_add(each.saturating_mul(forks))
-                .saturating_add(spare),
-            each,
-        )
+    /// Blocks to promise to a request when nothing is cached.
+    fn promise(&self, prompt: usize, max_new: usize) -> usize {
+        let generation = max_new.min(self.config.generation_share);
+        self.config.blocks_for(prompt.saturating_add(generation))
     }
 
     /// Asks for a sequence. When admitted, its block table begins with what is cached of the prompt, and the blocks for
@@ -154,20 +134,18 @@ impl<S: Clone> KvCache<S> {
             arrival,
             prompt,
             max_new_tokens,
-            sequences,
         } = request;
         if self.sequences.contains_key(&id) {
             return Err(CacheError::DuplicateSequence(id));
         }
-        if prompt.is_empty() || sequences == 0 {
+        if prompt.is_empty() {
             return Err(CacheError::EmptyRequest);
         }
-        if let Some(too_large) = self.never_fits(prompt.len(), max_new_tokens, sequences) {
+        if let Some(too_large) = self.never_fits(prompt.len(), max_new_tokens) {
             return Ok(Admission::Never(too_large));
         }
         let found = self.find(prompt);
-        let (whole, per_fork) = self.promise(prompt.len(), max_new_tokens, sequences);
-        let needed = whole - found.path.len();
+        let needed = self.promise(prompt.len(), max_new_tokens) - found.path.len();
         // A cached block that no one uses counts as available until this sequence pins it.
         let newly_pinned = found
             .path
@@ -183,7 +161,7 @@ impl<S: Clone> KvCache<S> {
         }
 
         let tick = self.next_tick();
-        let mut sequence = Sequence::new(arrival, prompt.len() + max_new_tokens, sequences - 1, per_fork);
+        let mut sequence = Sequence::new(arrival, prompt.len() + max_new_tokens);
         for &node in &found.path {
             self.tree.pin(node);
             if let Some(block) = self.tree.block(node) {
@@ -192,7 +170,7 @@ impl<S: Clone> KvCache<S> {
             }
         }
         sequence.path = found.path;
-        sequence.credit = needed - per_fork * (sequences - 1);
+        sequence.credit = needed;
         self.promised += needed;
         let start = sequence.blocks.len() * self.config.block_size;
         let mut cached_tokens = start;
@@ -289,8 +267,8 @@ impl<S: Clone> KvCache<S> {
         }
     }
 
-    /// Blocks that `count` more positions take, and of which block a copy must be made first.
-    fn growth(&self, id: SeqId, count: usize) -> Result<(usize, Option<BlockId>), CacheError> {
+    /// Blocks that `count` more positions take.
+    fn growth(&self, id: SeqId, count: usize) -> Result<usize, CacheError> {
         let sequence = self.sequence(id)?;
         let end = sequence.len.saturating_add(count);
         if end > sequence.limit {
@@ -299,11 +277,7 @@ impl<S: Clone> KvCache<S> {
                 limit: sequence.limit,
             });
         }
-        let shared = (count > 0 && !sequence.len.is_multiple_of(self.config.block_size))
-            .then(|| sequence.blocks.last().copied())
-            .flatten()
-            .filter(|&block| self.pool.refs(block) > 1);
-        let needed = self.config.blocks_for(end) - sequence.blocks.len() + usize::from(shared.is_some());
+        let needed = self.config.blocks_for(end) - sequence.blocks.len();
         let beyond = needed.saturating_sub(sequence.credit);
         if beyond > self.available() {
             let available_blocks = sequence.credit + self.available();
@@ -312,7 +286,7 @@ impl<S: Clone> KvCache<S> {
                 available_blocks,
             }));
         }
-        Ok((needed, shared))
+        Ok(needed)
     }
 
     /// Hands out the next `count` positions of a sequence, all or none. Their tokens need not be known yet: the token
@@ -321,7 +295,7 @@ impl<S: Clone> KvCache<S> {
     /// # Errors
     /// [`CacheError::OutOfBlocks`] past the promised share; [`CacheError::PastLimit`].
     pub fn extend(&mut self, id: SeqId, count: usize) -> Result<Extension, CacheError> {
-        let (needed, shared) = self.growth(id, count)?;
+        let needed = self.growth(id, count)?;
         let block_size = self.config.block_size;
         // Out of the map meanwhile, so that placement does not take it for one of the others.
         let mut sequence = self
@@ -330,19 +304,7 @@ impl<S: Clone> KvCache<S> {
             .ok_or(CacheError::UnknownSequence(id))?;
         self.evict_for(self.promised + needed.saturating_sub(sequence.credit));
         let mut extension = Extension::default();
-        if let Some(from) = shared {
-            extension.copies.extend(self.take_block(&sequence).map(|to| {
-                sequence.blocks.pop();
-                sequence.blocks.push(to);
-                CopyBlock {
-                    from,
-                    to,
-                    tokens: sequence.len % block_size,
-                }
-            }));
-            sequence.spend(&mut self.promised);
-        }
-        for _ in usize::from(shared.is_some())..needed {
+        for _ in 0..needed {
             if let Some(block) = self.take_block(&sequence) {
                 sequence.blocks.push(block);
                 sequence.start = None;
@@ -358,10 +320,6 @@ impl<S: Clone> KvCache<S> {
             };
             extension.runs.push(SlotRun { block, offset, len });
             sequence.len += len;
-        }
-        for copy in &extension.copies {
-            self.pool.release(copy.from);
-            self.counters.copied_blocks += 1;
         }
         self.sequences.insert(id, sequence);
         Ok(extension)
@@ -411,7 +369,6 @@ impl<S: Clone> KvCache<S> {
             id,
             arrival: sequence.arrival,
             recorded_tokens: sequence.recorded(self.config.block_size),
-            forks_left: sequence.forks_left,
         };
         self.free(id)?;
         self.counters.preempted += 1;

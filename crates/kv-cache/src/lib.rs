@@ -26,7 +26,7 @@
 //! // A request comes to the head of the queue.
 //! let prompt: Vec<u32> = (0..100).collect();
 //! let id = SeqId(1);
-//! let request = Request { id, arrival: 1, prompt: &prompt, max_new_tokens: 200, sequences: 1 };
+//! let request = Request { id, arrival: 1, prompt: &prompt, max_new_tokens: 200 };
 //! let cached = match cache.admit(&request)? {
 //!     // Issue `copies`; restore `snapshot` if the model has layers that need one.
 //!     Admission::Admit(admitted) => admitted.cached_tokens,
@@ -46,8 +46,8 @@
 //!     done += cache.skip_cached(id, &prompt[done..])?;
 //!     let chunk = (prompt.len() - done).min(64);
 //!     let extension = cache.extend(id, chunk)?;
-//!     // Issue `extension.copies`, then the forward pass, which writes K and V of the chunk to `extension.runs`
-//!     // and attends over `cache.table(id)`.
+//!     // Issue the forward pass, which writes K and V of the chunk to `extension.runs` and attends over
+//!     // `cache.table(id)`.
 //!     cache.record(id, &prompt[done..done + chunk])?;
 //!     done += chunk;
 //! }
@@ -57,7 +57,7 @@
 //!     // Queue it again, by `preempted.arrival`, with prompt + generated tokens as its prompt.
 //!     assert_ne!(preempted.id, id, "alone it always has room");
 //! }
-//! let copies = cache.stay_compact(id, 1000)?; // Before the copies of the extension.
+//! let copies = cache.stay_compact(id, 1000)?; // To be issued before the step.
 //! let extension = cache.extend(id, 1)?; // The position of a token that may still be on the device.
 //! assert_eq!(extension.slots().count(), 1);
 //! // ... issue step n+1, then read step n ...
@@ -69,7 +69,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
-//! A request with `n > 1` is admitted once with `sequences: n`; after its prefill [`KvCache::fork`] makes the others.
+//! A request with `n > 1` is `n` sequences. Those that are admitted after the first has computed a block find it in the
+//! tree, or skip to it ([`KvCache::skip_cached`]).
 //!
 //! For models with recurrent or sliding-window layers, use [`Reuse::Snapshots`], split prefill at the history boundary
 //! and leave the state there ([`KvCache::snapshot`]); an admission then ends its match at such a state and returns it.
@@ -78,7 +79,7 @@
 //!
 //! Layout: `types` names, effects, errors; `config` sizes; `pool` free list and holders; `tree` the prefix tree;
 //! `lookup` matches and divergence; `placement` which block is next; `compact` moving
-//! blocks together; `snapshots` states at positions; `sequence` block tables, fork, end; `cache`
+//! blocks together; `snapshots` states at positions; `sequence` block tables, end; `cache`
 //! admission, growth, recording, preemption; `usage` numbers; `audit` the invariants.
 
 mod audit;

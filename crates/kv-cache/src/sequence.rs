@@ -1,4 +1,4 @@
-//! One running sequence, and how it forks, ends and leaves snapshots.
+//! One running sequence, how it ends, and how it leaves snapshots.
 
 use std::collections::BTreeSet;
 
@@ -22,9 +22,6 @@ pub(crate) struct Sequence<S> {
     pub(crate) limit: usize,
     /// Blocks that it may still take without asking whether there are any.
     pub(crate) credit: usize,
-    /// Alternatives still to come, each with a credit of `per_fork` of its own.
-    pub(crate) forks_left: usize,
-    pub(crate) per_fork: usize,
     /// Where its next block is to be, when it cannot be right behind its last.
     pub(crate) start: Option<BlockId>,
     /// Snapshots of positions whose block is not in the tree yet.
@@ -39,7 +36,7 @@ struct Pending<S> {
 }
 
 impl<S> Sequence<S> {
-    pub(crate) fn new(arrival: u64, limit: usize, forks_left: usize, per_fork: usize) -> Self {
+    pub(crate) fn new(arrival: u64, limit: usize) -> Self {
         Self {
             arrival,
             blocks: Vec::new(),
@@ -48,8 +45,6 @@ impl<S> Sequence<S> {
             len: 0,
             limit,
             credit: 0,
-            forks_left,
-            per_fork,
             start: None,
             pending: Vec::new(),
         }
@@ -58,11 +53,6 @@ impl<S> Sequence<S> {
     /// Positions whose tokens are known and whose KV has been issued.
     pub(crate) fn recorded(&self, block_size: usize) -> usize {
         self.path.len() * block_size + self.tail.len()
-    }
-
-    /// All that is promised to it and its alternatives, and not taken yet.
-    pub(crate) fn promised(&self) -> usize {
-        self.credit + self.forks_left * self.per_fork
     }
 
     /// One block was taken: from the credit while there is any.
@@ -122,45 +112,6 @@ impl<S: Clone> KvCache<S> {
         Ok(self.sequence(id)?.recorded(self.config.block_size))
     }
 
-    /// Starts another alternative that shares everything which `parent` has so far. A partly filled last block is
-    /// shared too, until one of them writes: that one gets a copy.
-    ///
-    /// # Errors
-    /// [`CacheError::Unrecorded`], [`CacheError::NoForksLeft`], a name in use, an unknown parent.
-    pub fn fork(&mut self, parent: SeqId, child: SeqId) -> Result<(), CacheError> {
-        if self.sequences.contains_key(&child) {
-            return Err(CacheError::DuplicateSequence(child));
-        }
-        let block_size = self.config.block_size;
-        let from = self
-            .sequences
-            .get_mut(&parent)
-            .ok_or(CacheError::UnknownSequence(parent))?;
-        if from.recorded(block_size) != from.len {
-            return Err(CacheError::Unrecorded(parent));
-        }
-        if from.forks_left == 0 {
-            return Err(CacheError::NoForksLeft(parent));
-        }
-        from.forks_left -= 1;
-        let mut fork = Sequence::new(from.arrival, from.limit, 0, 0);
-        fork.blocks.clone_from(&from.blocks);
-        fork.path.clone_from(&from.path);
-        fork.tail.clone_from(&from.tail);
-        fork.len = from.len;
-        // Out of the parent's promise: the sum of all promises stays.
-        fork.credit = from.per_fork;
-        for &node in &fork.path {
-            self.tree.pin(node);
-        }
-        for &block in &fork.blocks {
-            self.pool.retain(block);
-        }
-        self.seniority.insert((fork.arrival, child));
-        self.sequences.insert(child, fork);
-        Ok(())
-    }
-
     /// Keeps `state`, the state of the layers that cannot be cut back after the first `position` tokens of `id`, to
     /// continue from there later. Worth taking at the history boundary (just before the generation prompt, where the
     /// next turn will agree again), so prefill is best split there. `bytes` counts against the snapshots' budget.
@@ -208,16 +159,14 @@ impl<S: Clone> KvCache<S> {
             .remove(&id)
             .ok_or(CacheError::UnknownSequence(id))?;
         self.seniority.remove(&(sequence.arrival, id));
-        self.promised -= sequence.promised();
+        self.promised -= sequence.credit;
         let tick = self.next_tick();
         let start = sequence.path.len() * self.config.block_size;
         let parent = sequence.path.last().copied();
         let tail = std::mem::take(&mut sequence.tail);
-        // A last block that an alternative still shares stays with that one, who may write on in it.
         if let Some(&block) = sequence.blocks.get(sequence.path.len())
             && self.config.prefix_cache
             && !tail.is_empty()
-            && self.pool.refs(block) == 1
         {
             let node = self.tree.child_beginning_with(parent, &tail).unwrap_or_else(|| {
                 self.pool.retain(block);

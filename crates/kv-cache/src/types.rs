@@ -9,7 +9,8 @@ pub type Token = u32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockId(pub u32);
 
-/// One running sequence, named by the caller. A request with `n > 1` has `n` of them.
+/// One running sequence, named by the caller. A request with `n > 1` is `n` of them, which share their prompt's blocks
+/// through the prefix tree like any others.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SeqId(pub u64);
 
@@ -45,8 +46,6 @@ pub struct SlotRun {
 /// Where the K and V of the next tokens of a sequence go.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Extension {
-    /// Copies on write, at most one; they come before the writes.
-    pub copies: Vec<CopyBlock>,
     /// The positions, in token order.
     pub runs: Vec<SlotRun>,
 }
@@ -63,7 +62,7 @@ impl Extension {
 /// What a request asks of the cache.
 #[derive(Clone, Copy, Debug)]
 pub struct Request<'a> {
-    /// Name of its (first) sequence; not in use.
+    /// Its name; not in use.
     pub id: SeqId,
     /// Place in the order of arrival. A preempted request keeps its old one, and so grows senior to newcomers.
     pub arrival: u64,
@@ -71,8 +70,6 @@ pub struct Request<'a> {
     pub prompt: &'a [Token],
     /// Most tokens that it may still generate.
     pub max_new_tokens: usize,
-    /// Alternatives to generate (OpenAI's `n`), at least 1: this many sequences, by [`fork`](crate::KvCache::fork).
-    pub sequences: usize,
 }
 
 /// Answer to a [`Request`].
@@ -111,13 +108,11 @@ pub struct Shortage {
 /// Why a request can never run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct TooLarge {
-    /// Tokens of KV at its longest: prompt and `max_new_tokens`, of one alternative.
+    /// Tokens of KV at its longest: prompt and `max_new_tokens`.
     pub needed_tokens: usize,
-    /// Alternatives asked for.
-    pub sequences: usize,
     /// Tokens of KV that the whole pool holds.
     pub capacity_tokens: usize,
-    /// Blocks that it takes at the least, all `n` alternatives together.
+    /// Blocks that these take.
     pub needed_blocks: usize,
     /// Blocks in the pool.
     pub capacity_blocks: usize,
@@ -129,13 +124,10 @@ pub struct TooLarge {
 
 impl fmt::Display for TooLarge {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the request needs KV for {} tokens", self.needed_tokens)?;
-        if self.sequences > 1 {
-            write!(f, " in {} alternatives", self.sequences)?;
-        }
         write!(
             f,
-            " ({} blocks, {} bytes), but the KV cache holds {} tokens ({} blocks, {} bytes)",
+            "the request needs KV for {} tokens ({} blocks, {} bytes), but the KV cache holds {} tokens ({} blocks, {} bytes)",
+            self.needed_tokens,
             self.needed_blocks,
             self.needed_bytes,
             self.capacity_tokens,
@@ -154,8 +146,6 @@ pub struct Preempted {
     pub arrival: u64,
     /// Positions of KV that had been recorded. They stay cached for as long as nobody needs the room.
     pub recorded_tokens: usize,
-    /// Alternatives that had not been forked yet: ask for `1 + forks_left` sequences next time.
-    pub forks_left: usize,
 }
 
 /// A call that the cache cannot follow. Only [`CacheError::OutOfBlocks`] happens to a caller without a bug.
@@ -165,7 +155,7 @@ pub enum CacheError {
     UnknownSequence(SeqId),
     /// A running sequence has this name already.
     DuplicateSequence(SeqId),
-    /// The prompt is empty, or zero alternatives are asked for: there is nothing to run.
+    /// The prompt is empty: there is nothing to run.
     EmptyRequest,
     /// The sequence used up its promise and the pool is dry: preempt someone (`make_room`).
     OutOfBlocks(Shortage),
@@ -183,10 +173,6 @@ pub enum CacheError {
         /// Positions that were waiting for theirs.
         open: usize,
     },
-    /// A fork or a snapshot while positions are handed out whose tokens are not recorded.
-    Unrecorded(SeqId),
-    /// The request was not admitted for so many alternatives.
-    NoForksLeft(SeqId),
 }
 
 impl fmt::Display for CacheError {
@@ -194,7 +180,7 @@ impl fmt::Display for CacheError {
         match self {
             Self::UnknownSequence(id) => write!(f, "no sequence {id} is running"),
             Self::DuplicateSequence(id) => write!(f, "sequence {id} is running already"),
-            Self::EmptyRequest => f.write_str("an empty prompt, or no sequence, has nothing to run"),
+            Self::EmptyRequest => f.write_str("an empty prompt has nothing to run"),
             Self::OutOfBlocks(shortage) => write!(
                 f,
                 "{} more KV blocks needed, {} available",
@@ -206,10 +192,6 @@ impl fmt::Display for CacheError {
             Self::RecordPastEnd { given, open } => {
                 write!(f, "{given} tokens recorded where {open} positions were open")
             }
-            Self::Unrecorded(id) => {
-                write!(f, "sequence {id} has positions whose tokens are not recorded yet")
-            }
-            Self::NoForksLeft(id) => write!(f, "sequence {id} was not admitted for another alternative"),
         }
     }
 }

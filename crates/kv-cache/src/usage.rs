@@ -40,7 +40,7 @@ pub struct Counters {
     pub cached_tokens: u64,
     /// Blocks evicted from the tree to make room.
     pub evicted_blocks: u64,
-    /// Blocks copied: partly shared ones at admission, and copies on write.
+    /// Blocks copied at an admission, because only their beginning is shared.
     pub copied_blocks: u64,
     /// Blocks moved, so that sequences are one run.
     pub moved_blocks: u64,

@@ -24,7 +24,6 @@ fn admit(cache: &mut KvCache<()>, id: u64, prompt: &[Token], max_new_tokens: usi
         arrival: id,
         prompt,
         max_new_tokens,
-        sequences: 1,
     };
     match cache.admit(&request).unwrap() {
         Admission::Admit(admitted) => admitted.cached_tokens,

@@ -250,7 +250,7 @@ proptest! {
             match op {
                 Op::Admit(prompt, max_new_tokens) => {
                     let id = SeqId(names);
-                    let request = Request { id, arrival: names, prompt: &prompt, max_new_tokens, sequences: 1 };
+                    let request = Request { id, arrival: names, prompt: &prompt, max_new_tokens };
                     let fits = (prompt.len() + max_new_tokens).div_ceil(block_size) <= total;
                     let before = cache.chains();
                     match cache.admit(&request).unwrap() {

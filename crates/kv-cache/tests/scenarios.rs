@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
 use kv_cache::{
-    Admission, Admitted, CacheConfig, CacheError, CopyBlock, KvCache, Request, Reuse, SeqId, Shortage, Token,
+    Admission, Admitted, CacheConfig, CacheError, KvCache, Request, Reuse, SeqId, Shortage, Token,
 };
 
 fn config(total_blocks: usize, block_size: usize) -> CacheConfig {
@@ -17,20 +17,13 @@ fn cache(total_blocks: usize, block_size: usize) -> KvCache<&'static str> {
     KvCache::new(config(total_blocks, block_size)).unwrap()
 }
 
-fn admit<S: Clone>(
-    cache: &mut KvCache<S>,
-    id: u64,
-    prompt: &[Token],
-    new: usize,
-    sequences: usize,
-) -> Admission<S> {
+fn admit<S: Clone>(cache: &mut KvCache<S>, id: u64, prompt: &[Token], new: usize) -> Admission<S> {
     cache
         .admit(&Request {
             id: SeqId(id),
             arrival: id,
             prompt,
             max_new_tokens: new,
-            sequences,
         })
         .unwrap()
 }
@@ -44,7 +37,7 @@ fn admitted<S: Clone>(answer: Admission<S>) -> Admitted<S> {
 
 /// Prefills what is not cached, generates `reply`, ends. Gives how many tokens were cached.
 fn converse<S: Clone>(cache: &mut KvCache<S>, id: u64, prompt: &[Token], reply: &[Token]) -> usize {
-    let cached = admitted(admit(cache, id, prompt, reply.len(), 1)).cached_tokens;
+    let cached = admitted(admit(cache, id, prompt, reply.len())).cached_tokens;
     for tokens in [&prompt[cached..], reply] {
         cache.extend(SeqId(id), tokens.len()).unwrap();
         cache.record(SeqId(id), tokens).unwrap();
@@ -73,7 +66,7 @@ fn an_exact_repeat_prefills_one_token() {
 fn the_last_block_left_is_reused_where_it_lies() {
     let mut cache = cache(1, 4);
     converse(&mut cache, 1, &[1, 2, 3], &[]);
-    let again = admitted(admit(&mut cache, 2, &[1, 2, 3], 1, 1));
+    let again = admitted(admit(&mut cache, 2, &[1, 2, 3], 1));
     assert_eq!((again.cached_tokens, again.copies), (2, vec![]));
     cache.audit().unwrap();
 }
@@ -109,7 +102,7 @@ fn users_of_one_system_prompt_share_it_even_when_they_come_at_once() {
         [system, vec![200, 201]].concat(),
     ];
     for (id, prompt) in (0..).zip(&prompts) {
-        assert_eq!(admitted(admit(&mut cache, id, prompt, 10, 1)).cached_tokens, 0);
+        assert_eq!(admitted(admit(&mut cache, id, prompt, 10)).cached_tokens, 0);
     }
     cache.extend(SeqId(0), 66).unwrap();
     cache.record(SeqId(0), &prompts[0]).unwrap();
@@ -127,7 +120,7 @@ fn what_two_computed_at_once_is_kept_once() {
     let mut cache = cache(100, 16);
     let prompt = tokens(0..40);
     for id in 0..2 {
-        admit(&mut cache, id, &prompt, 10, 1);
+        admit(&mut cache, id, &prompt, 10);
         cache.extend(SeqId(id), 40).unwrap();
     }
     assert_eq!(cache.record(SeqId(0), &prompt), Ok(0));
@@ -173,53 +166,9 @@ fn interleaved_conversations_keep_theirs_up_to_the_capacity() {
 }
 
 #[test]
-fn alternatives_share_the_prompt_and_copy_only_the_block_they_write_to() {
-    let mut cache = cache(100, 16);
-    let prompt = tokens(0..40);
-    // 4 blocks to the end of the generation; 2 for each other one beyond the two whole blocks; 1 for the copy.
-    assert_eq!(
-        admitted(admit(&mut cache, 0, &prompt, 20, 3)).blocks,
-        4 + 2 * 2 + 1
-    );
-    cache.extend(SeqId(0), 40).unwrap();
-    assert_eq!(
-        cache.fork(SeqId(0), SeqId(1)),
-        Err(CacheError::Unrecorded(SeqId(0)))
-    );
-    cache.record(SeqId(0), &prompt).unwrap();
-    for child in 1..3 {
-        cache.fork(SeqId(0), SeqId(child)).unwrap();
-    }
-    assert_eq!(
-        cache.fork(SeqId(0), SeqId(3)),
-        Err(CacheError::NoForksLeft(SeqId(0)))
-    );
-    assert_eq!(cache.usage().running_blocks, 3);
-    let last = cache.table(SeqId(0)).unwrap()[2];
-    for (id, copies) in [(0, 1), (1, 1), (2, 0)] {
-        let extension = cache.extend(SeqId(id), 1).unwrap();
-        let to = cache.table(SeqId(id)).unwrap()[2];
-        assert_eq!(
-            extension.copies,
-            vec![
-                CopyBlock {
-                    from: last,
-                    to,
-                    tokens: 8
-                };
-                copies
-            ]
-        );
-        assert_eq!(extension.slots().collect::<Vec<_>>(), [(to, 8)]);
-        cache.audit().unwrap();
-    }
-    assert_eq!(cache.usage().running_blocks, 5);
-}
-
-#[test]
 fn who_can_never_fit_is_told_the_numbers() {
     let mut cache = cache(10, 16);
-    let Admission::Never(numbers) = admit(&mut cache, 1, &tokens(0..100), 61, 1) else {
+    let Admission::Never(numbers) = admit(&mut cache, 1, &tokens(0..100), 61) else {
         panic!("161 tokens fit")
     };
     assert_eq!((numbers.needed_tokens, numbers.capacity_tokens), (161, 160));
@@ -227,22 +176,22 @@ fn who_can_never_fit_is_told_the_numbers() {
     assert_eq!((numbers.needed_bytes, numbers.capacity_bytes), (17_600, 16_000));
     assert!(numbers.to_string().contains("161 tokens"), "{numbers}");
     assert_eq!(cache.config().room_after(100), 60);
-    admitted(admit(&mut cache, 1, &tokens(0..100), 60, 1));
+    admitted(admit(&mut cache, 1, &tokens(0..100), 60));
 }
 
 #[test]
 fn who_does_not_fit_now_waits_and_gets_in_when_someone_ends() {
     let mut cache = cache(10, 16);
-    admitted(admit(&mut cache, 1, &tokens(0..80), 16, 1));
+    admitted(admit(&mut cache, 1, &tokens(0..80), 16));
     let wait = Admission::Wait(Shortage {
         needed_blocks: 5,
         available_blocks: 4,
     });
-    assert_eq!(admit(&mut cache, 2, &tokens(100..164), 16, 1), wait);
+    assert_eq!(admit(&mut cache, 2, &tokens(100..164), 16), wait);
     // What has been promised is there when it is wanted, to the last token.
     cache.extend(SeqId(1), 96).unwrap();
     cache.free(SeqId(1)).unwrap();
-    assert_eq!(admitted(admit(&mut cache, 2, &tokens(100..164), 16, 1)).blocks, 5);
+    assert_eq!(admitted(admit(&mut cache, 2, &tokens(100..164), 16)).blocks, 5);
 }
 
 #[test]
@@ -254,7 +203,7 @@ fn the_longest_waiting_is_preempted_last_and_comes_back_to_its_blocks() {
     .unwrap();
     for id in 1..=3 {
         let prompt = vec![id as Token; 8];
-        admitted(admit(&mut cache, id, &prompt, 12, 1));
+        admitted(admit(&mut cache, id, &prompt, 12));
         cache.extend(SeqId(id), 8).unwrap();
         cache.record(SeqId(id), &prompt).unwrap();
     }
@@ -276,7 +225,7 @@ fn the_longest_waiting_is_preempted_last_and_comes_back_to_its_blocks() {
     assert_eq!(cache.make_room(SeqId(2), 4).unwrap()[0].id, SeqId(2));
     cache.free(SeqId(1)).unwrap();
     let again = [vec![2; 8], vec![5]].concat();
-    assert_eq!(admitted(admit(&mut cache, 2, &again, 11, 1)).cached_tokens, 8);
+    assert_eq!(admitted(admit(&mut cache, 2, &again, 11)).cached_tokens, 8);
     cache.audit().unwrap();
 }
 
@@ -319,7 +268,7 @@ fn layers_with_a_state_continue_from_a_snapshot_at_the_history_boundary() {
     let mut cache: KvCache<&str> = KvCache::new(config).unwrap();
     let (history, generation_prompt) = (tokens(0..10), [50, 51, 52]);
     let prompt = [&history[..], &generation_prompt].concat();
-    admitted(admit(&mut cache, 1, &prompt, 9, 1));
+    admitted(admit(&mut cache, 1, &prompt, 9));
     cache.extend(SeqId(1), 10).unwrap();
     cache.record(SeqId(1), &history).unwrap();
     cache.snapshot(SeqId(1), 10, 60, "after 10").unwrap();
@@ -329,7 +278,7 @@ fn layers_with_a_state_continue_from_a_snapshot_at_the_history_boundary() {
 
     // The template renders the next turn without the old generation prompt.
     let next = [&history[..], &[60, 61, 62, 63, 64]].concat();
-    let found = admitted(admit(&mut cache, 2, &next, 9, 1));
+    let found = admitted(admit(&mut cache, 2, &next, 9));
     assert_eq!((found.cached_tokens, found.snapshot), (10, Some("after 10")));
     assert_eq!(found.copies[0].tokens, 2);
     // Without the state the K and V alone are of no use.
@@ -345,7 +294,7 @@ fn a_snapshot_outlives_the_partly_filled_block_it_was_taken_in() {
         ..config(100, 8)
     };
     let mut cache: KvCache<&str> = KvCache::new(config).unwrap();
-    admitted(admit(&mut cache, 1, &tokens(0..11), 1, 1));
+    admitted(admit(&mut cache, 1, &tokens(0..11), 1));
     cache.extend(SeqId(1), 11).unwrap();
     cache.snapshot(SeqId(1), 10, 60, "after 10").unwrap();
     cache.record(SeqId(1), &tokens(0..11)).unwrap();
@@ -355,7 +304,7 @@ fn a_snapshot_outlives_the_partly_filled_block_it_was_taken_in() {
     assert_eq!(converse(&mut cache, 2, &tokens(0..20), &[]), 10);
     assert_eq!(cache.chains().len(), 3);
     assert_eq!(
-        admitted(admit(&mut cache, 3, &tokens(0..20), 1, 1)).snapshot,
+        admitted(admit(&mut cache, 3, &tokens(0..20), 1)).snapshot,
         Some("after 10")
     );
     assert_eq!(cache.usage().snapshots, 1);
@@ -370,7 +319,7 @@ fn a_snapshot_outlives_a_part_that_a_longer_part_replaces() {
     };
     let mut cache: KvCache<&str> = KvCache::new(config).unwrap();
     for (id, length) in [(1, 11), (2, 13)] {
-        let found = admitted(admit(&mut cache, id, &tokens(0..length), 1, 1));
+        let found = admitted(admit(&mut cache, id, &tokens(0..length), 1));
         cache
             .extend(SeqId(id), length as usize - found.cached_tokens)
             .unwrap();
@@ -384,7 +333,7 @@ fn a_snapshot_outlives_a_part_that_a_longer_part_replaces() {
     }
     assert_eq!(cache.chains(), [tokens(0..8), tokens(0..13)]);
     assert_eq!(
-        admitted(admit(&mut cache, 3, &tokens(0..20), 1, 1)).snapshot,
+        admitted(admit(&mut cache, 3, &tokens(0..20), 1)).snapshot,
         Some("after 10")
     );
 }
@@ -399,13 +348,13 @@ fn the_later_snapshot_wins_over_the_longer_match() {
     let mut cache: KvCache<&str> = KvCache::new(config).unwrap();
     let prompts: [&[Token]; 2] = [&[1, 2, 3, 4, 5, 9, 9, 9], &[1, 2, 3, 4, 8, 8, 8, 8]];
     for (id, prompt, position, state) in [(1, prompts[0], 2, "after 2"), (2, prompts[1], 4, "after 4")] {
-        let cached = admitted(admit(&mut cache, id, prompt, 0, 1)).cached_tokens;
+        let cached = admitted(admit(&mut cache, id, prompt, 0)).cached_tokens;
         cache.extend(SeqId(id), 8 - cached).unwrap();
         cache.record(SeqId(id), &prompt[cached..]).unwrap();
         cache.snapshot(SeqId(id), position, 10, state).unwrap();
         cache.free(SeqId(id)).unwrap();
     }
-    let found = admitted(admit(&mut cache, 3, &[1, 2, 3, 4, 5, 9, 7, 7], 0, 1));
+    let found = admitted(admit(&mut cache, 3, &[1, 2, 3, 4, 5, 9, 7, 7], 0));
     assert_eq!((found.cached_tokens, found.snapshot), (4, Some("after 4")));
 }
 
@@ -414,11 +363,11 @@ fn what_a_failed_step_should_have_written_is_forgotten_with_all_that_rests_on_it
     let mut cache = cache(100, 4);
     let prompt = tokens(0..18);
     for id in 0..2 {
-        admitted(admit(&mut cache, id, &prompt, 4, 1));
+        admitted(admit(&mut cache, id, &prompt, 4));
     }
     // Another one is here that shares only what was written for certain.
     let other = [tokens(0..8), tokens(50..54)].concat();
-    admitted(admit(&mut cache, 2, &other, 4, 1));
+    admitted(admit(&mut cache, 2, &other, 4));
     cache.extend(SeqId(0), 18).unwrap();
     cache.record(SeqId(0), &prompt).unwrap();
     assert_eq!(cache.skip_cached(SeqId(1), &prompt), Ok(16));
@@ -460,7 +409,6 @@ fn calls_out_of_order_are_refused_and_change_nothing() {
         arrival: 1,
         prompt: &[],
         max_new_tokens: 1,
-        sequences: 1,
     };
     assert_eq!(cache.admit(&empty), Err(CacheError::EmptyRequest));
     let request = Request {

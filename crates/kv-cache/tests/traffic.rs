@@ -35,7 +35,6 @@ struct Job {
     max_new: usize,
     /// How many tokens it generates before it stops, at most `max_new`.
     stops_after: usize,
-    sequences: usize,
     arrives: usize,
     /// Steps after its admission at which its client goes away.
     cancelled_after: Option<usize>,
@@ -45,9 +44,6 @@ struct Job {
 #[derive(Clone, Debug)]
 struct Sequence {
     job: usize,
-    /// Which of the job's alternatives: they differ in what they generate.
-    alternative: u32,
-    forks_left: usize,
     tokens: Vec<Token>,
     /// Positions written.
     done: usize,
@@ -105,7 +101,7 @@ impl Engine {
     fn admit(&mut self) {
         loop {
             let ranks: Vec<_> = self.waiting.iter().map(|sequence| self.rank(sequence)).collect();
-            let Some(head) = (0..ranks.len()).min_by_key(|&n| (ranks[n], self.waiting[n].alternative)) else {
+            let Some(head) = (0..ranks.len()).min_by_key(|&n| ranks[n]) else {
                 return;
             };
             if self
@@ -115,9 +111,7 @@ impl Engine {
             {
                 panic!("a junior runs while a senior waits");
             }
-            if self.running.len() + self.waiting[head].forks_left >= self.max_running
-                && !self.running.is_empty()
-            {
+            if self.running.len() >= self.max_running {
                 return;
             }
             let mut sequence = self.waiting[head].clone();
@@ -128,7 +122,6 @@ impl Engine {
                 arrival: ranks[head],
                 prompt: &sequence.tokens,
                 max_new_tokens: job.prompt.len() + job.max_new - sequence.tokens.len(),
-                sequences: sequence.forks_left + 1,
             };
             let promised = self.cache.usage().promised_blocks;
             let peeked = self.cache.peek(&sequence.tokens);
@@ -167,7 +160,6 @@ impl Engine {
     fn requeue(&mut self, preempted: Preempted) {
         let sequence = self.running.remove(&preempted.id).unwrap();
         assert_eq!(preempted.recorded_tokens, sequence.recorded);
-        assert_eq!(preempted.forks_left, sequence.forks_left);
         assert_eq!(preempted.arrival, self.rank(&sequence));
         self.preempted += 1;
         self.waiting.push(sequence);
@@ -212,9 +204,6 @@ impl Engine {
             moved.into_iter().for_each(|copy| self.memory.copy(copy));
         }
         let extension = self.cache.extend(id, count).unwrap();
-        for &copy in &extension.copies {
-            self.memory.copy(copy);
-        }
         let mut position = sequence.done;
         for (block, offset) in extension.slots() {
             let fingerprint = self.memory.fingerprint(&sequence.tokens[..=position]);
@@ -236,23 +225,6 @@ impl Engine {
                 .snapshot(id, job.snapshot_at, state.len() as u64, state)
                 .unwrap();
         }
-        if sequence.done == sequence.known && prefill {
-            for _ in 0..std::mem::take(&mut sequence.forks_left) {
-                let child = SeqId(self.names);
-                self.names += 1;
-                let sequence = self.running[&id].clone();
-                self.cache.fork(id, child).unwrap();
-                let alternative = self.cache.usage().sequences as u32;
-                self.running.insert(
-                    child,
-                    Sequence {
-                        alternative,
-                        ..sequence
-                    },
-                );
-            }
-            self.running.get_mut(&id).unwrap().forks_left = 0;
-        }
         true
     }
 
@@ -260,20 +232,16 @@ impl Engine {
     fn sample(sequence: &mut Sequence) {
         if sequence.done == sequence.tokens.len() {
             let sum: u32 = sequence.tokens.iter().sum();
-            sequence.tokens.push((sum + sequence.alternative) % 3);
+            sequence.tokens.push(sum % 3);
         }
     }
 
     fn step(&mut self, now: usize) {
         for job in 0..self.jobs.len() {
             if self.jobs[job].arrives == now {
-                let Job {
-                    prompt, sequences, ..
-                } = self.jobs[job].clone();
+                let prompt = self.jobs[job].prompt.clone();
                 self.waiting.push(Sequence {
                     job,
-                    alternative: 0,
-                    forks_left: sequences - 1,
                     known: prompt.len(),
                     tokens: prompt,
                     done: 0,
@@ -302,7 +270,7 @@ impl Engine {
             let generated = sequence.tokens.len() - job.prompt.len();
             let cancelled = job.cancelled_after.is_some_and(|steps| sequence.age >= steps);
             if generated >= job.stops_after || cancelled {
-                self.finished += 1 + sequence.forks_left;
+                self.finished += 1;
                 self.running.remove(&id);
                 self.cache.free(id).unwrap();
                 self.verify();
@@ -332,17 +300,15 @@ fn job() -> impl Strategy<Value = Job> {
         prompt(),
         1usize..12,
         1usize..12,
-        1usize..4,
         0usize..20,
         prop::option::weighted(0.2, 1usize..9),
         0usize..16,
     )
         .prop_map(
-            |(prompt, max_new, stops, sequences, arrives, cancelled_after, snapshot_at)| Job {
+            |(prompt, max_new, stops, arrives, cancelled_after, snapshot_at)| Job {
                 prompt,
                 max_new,
                 stops_after: stops.min(max_new),
-                sequences,
                 arrives,
                 cancelled_after,
                 snapshot_at,
@@ -415,11 +381,7 @@ fn run(setup: Setup) -> usize {
         most_moved,
     } = setup;
     let cache = KvCache::new(config.clone()).unwrap();
-    jobs.retain(|job| {
-        cache
-            .never_fits(job.prompt.len(), job.max_new, job.sequences)
-            .is_none()
-    });
+    jobs.retain(|job| cache.never_fits(job.prompt.len(), job.max_new).is_none());
     let slots = vec![vec![None; config.block_size]; config.total_blocks];
     let mut engine = Engine {
         cache,
@@ -437,12 +399,9 @@ fn run(setup: Setup) -> usize {
         preempted: 0,
         jobs: jobs.clone(),
     };
-    let wanted: usize = jobs.iter().map(|job| job.sequences).sum();
+    let wanted = jobs.len();
     // The most senior sequence moves by a token in every step, so this many steps must do, whatever is preempted.
-    let work: usize = jobs
-        .iter()
-        .map(|job| job.sequences * (job.prompt.len() + job.max_new + 1))
-        .sum();
+    let work: usize = jobs.iter().map(|job| job.prompt.len() + job.max_new + 1).sum();
     for now in 0..20 + work {
         engine.step(now);
     }
@@ -478,7 +437,6 @@ fn a_small_pool_preempts_and_everyone_still_finishes() {
         prompt: vec![first, 1, 2, 0, 1],
         max_new: 11,
         stops_after: 11,
-        sequences: 1,
         arrives: 0,
         cancelled_after: None,
         snapshot_at: 0,

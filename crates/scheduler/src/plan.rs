@@ -81,10 +81,8 @@ impl Scheduler {
             };
             let moved = self.cache.stay_compact(id, most_moved);
             plan.copies.extend(moved.unwrap_or_default());
-            let slot = self.cache.extend(id, 1).ok().and_then(|extension| {
-                plan.copies.extend_from_slice(&extension.copies);
-                extension.slots().next()
-            });
+            let extension = self.cache.extend(id, 1).ok();
+            let slot = extension.and_then(|extension| extension.slots().next());
             let Some(slot) = slot else {
                 self.give_up(id, plan);
                 continue;
@@ -116,7 +114,6 @@ impl Scheduler {
                 arrival,
                 prompt: &job.tokens,
                 max_new_tokens: job.rest(),
-                sequences: 1,
             });
             match answer {
                 Ok(Admission::Admit(admitted)) => {

@@ -80,7 +80,7 @@ impl Scheduler {
             self.cache.record(id, &tokens)?;
             Ok(extension)
         });
-        let Ok(Extension { copies, runs }) = booked else {
+        let Ok(Extension { runs }) = booked else {
             self.give_up(id, plan);
             return 0;
         };
@@ -91,7 +91,6 @@ impl Scheduler {
         job.reached = job.reached.max(running.done);
         let last = !running.prefilling();
         job.drawn += usize::from(last);
-        plan.copies.extend(copies);
         plan.prefill.push(Prefill {
             id,
             tokens,

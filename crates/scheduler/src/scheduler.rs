@@ -97,7 +97,7 @@ impl Scheduler {
                 context_length: self.config.context_length,
             });
         }
-        if let Some(too_large) = self.cache.never_fits(prompt.len(), draws, 1) {
+        if let Some(too_large) = self.cache.never_fits(prompt.len(), draws) {
             return Err(Refusal::NeverFits(too_large));
         }
         let arrival = self.arrivals;
