@@ -41,6 +41,7 @@ impl Bench {
         let first = id.0 as Token * 100_000;
         let request = NewRequest {
             id,
+            group: id,
             prompt: (first..first + prompt_tokens as Token).collect(),
             max_new_tokens,
             now: Duration::ZERO,

@@ -20,7 +20,8 @@ pub struct Config {
     /// command that runs for too long. A chunk is cut so that `len × (start + len)` stays within it; one token always
     /// may.
     pub step_budget: u64,
-    /// Longest time in the queue before a request is first admitted; `None`: for ever.
+    /// Longest time in the queue before the first sequence of a request is admitted; `None`: for ever. The others then wait
+    /// for as long as it takes.
     pub max_wait: Option<Duration>,
 }
 

@@ -2,10 +2,12 @@
 
 use std::time::Duration;
 
-use kv_cache::Token;
+use kv_cache::{SeqId, Token};
 
 #[derive(Debug)]
 pub(crate) struct Job {
+    /// The request that it is a part of.
+    pub(crate) group: SeqId,
     /// Place in the order of arrival, kept through preemptions.
     pub(crate) arrival: u64,
     pub(crate) submitted: Duration,
@@ -20,6 +22,8 @@ pub(crate) struct Job {
     pub(crate) running: Option<Running>,
     /// Admitted at least once.
     pub(crate) started: bool,
+    /// A sequence of its request has been admitted: who waits for the rest of a reply is not sent away.
+    pub(crate) begun: bool,
     /// The first part of its prompt was planned.
     pub(crate) reported: bool,
     /// Tokens of its prompt that it did not compute itself.
@@ -50,8 +54,15 @@ impl Running {
 }
 
 impl Job {
-    pub(crate) fn new(arrival: u64, submitted: Duration, prompt: Vec<Token>, allowed: usize) -> Self {
+    pub(crate) fn new(
+        group: SeqId,
+        arrival: u64,
+        submitted: Duration,
+        prompt: Vec<Token>,
+        allowed: usize,
+    ) -> Self {
         Self {
+            group,
             arrival,
             submitted,
             prompt: prompt.len(),
@@ -60,6 +71,7 @@ impl Job {
             drawn: 0,
             running: None,
             started: false,
+            begun: false,
             reported: false,
             cached: 0,
             reached: 0,

@@ -26,7 +26,7 @@
 //! })?;
 //! let id = SeqId(1);
 //! let now = Duration::ZERO;
-//! scheduler.submit(NewRequest { id, prompt: (0..700).collect(), max_new_tokens: 100, now })?;
+//! scheduler.submit(NewRequest { id, group: id, prompt: (0..700).collect(), max_new_tokens: 100, now })?;
 //!
 //! // Two chunks of the prompt; the second one draws the first token.
 //! let plan = scheduler.plan(now);
@@ -53,6 +53,8 @@
 //! # Rules
 //!
 //! - **Admission** is in order of arrival. While the head of the queue waits for room, nobody overtakes it.
+//! - **Waiting** too long ends requests of which nothing has run. Once one sequence of a request is admitted, the others wait
+//!   for as long as it takes.
 //! - **Decode**: every sequence whose prompt is done decodes in every step.
 //! - **Prefill**: every step computes at most [`Config::prefill_chunk`] prompt tokens, so nobody's decode is held up for
 //!   longer, and at least one while any prompt is unfinished, so steady decoding cannot starve a prompt. The shortest

@@ -38,7 +38,8 @@ impl Scheduler {
         plan
     }
 
-    /// Only those that never ran: a reply that has begun is not given up for having to wait.
+    /// Only those of whose request nothing ever ran: a reply that has begun is not given up for having to wait, and the choices
+    /// of one request are one reply.
     fn expire(&mut self, now: Duration, plan: &mut Plan) {
         let Some(max_wait) = self.config.max_wait else {
             return;
@@ -46,7 +47,7 @@ impl Scheduler {
         let too_old = |id: &SeqId| {
             self.jobs
                 .get(id)
-                .is_some_and(|job| !job.started && now.saturating_sub(job.submitted) > max_wait)
+                .is_some_and(|job| !job.begun && now.saturating_sub(job.submitted) > max_wait)
         };
         plan.expired = self.queue.values().copied().filter(too_old).collect();
         for &id in &plan.expired {
@@ -118,6 +119,7 @@ impl Scheduler {
             match answer {
                 Ok(Admission::Admit(admitted)) => {
                     self.queue.remove(&arrival);
+                    let (first, group) = (!job.begun, job.group);
                     plan.copies.extend(admitted.copies);
                     let moved = self.cache.compact(id, most_moved);
                     plan.copies.extend(moved.unwrap_or_default());
@@ -133,10 +135,20 @@ impl Scheduler {
                         recorded: admitted.cached_tokens,
                         passed: 0,
                     });
+                    if first {
+                        self.begin(group);
+                    }
                 }
                 Ok(Admission::Wait(_)) => self.ask_again = false,
                 Ok(Admission::Never(_)) | Err(_) => self.give_up(id, plan),
             }
+        }
+    }
+
+    /// The first sequence of a request is admitted.
+    fn begin(&mut self, group: SeqId) {
+        for job in self.jobs.values_mut().filter(|job| job.group == group) {
+            job.begun = true;
         }
     }
 

@@ -80,6 +80,7 @@ impl Scheduler {
     pub fn submit(&mut self, request: NewRequest) -> Result<(), Refusal> {
         let NewRequest {
             id,
+            group,
             prompt,
             max_new_tokens,
             now,
@@ -104,7 +105,7 @@ impl Scheduler {
         self.arrivals += 1;
         self.ask_again |= self.queue.is_empty();
         self.queue.insert(arrival, id);
-        self.jobs.insert(id, Job::new(arrival, now, prompt, draws));
+        self.jobs.insert(id, Job::new(group, arrival, now, prompt, draws));
         Ok(())
     }
 

@@ -10,6 +10,9 @@ use kv_cache::{BlockId, CopyBlock, SeqId, SlotRun, Token, TooLarge};
 pub struct NewRequest {
     /// Its name; best never used again, as a late token of an old request would be taken for one of the new.
     pub id: SeqId,
+    /// The request that it is a part of, named by one of its sequences: the same for all choices and prompts of one
+    /// client's request, its own name for one that is alone. They are to be submitted together, before the next plan.
+    pub group: SeqId,
     /// The prompt, at least one token.
     pub prompt: Vec<Token>,
     /// Most tokens to draw, at least one.

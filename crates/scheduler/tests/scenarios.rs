@@ -38,6 +38,7 @@ fn submit(scheduler: &mut Scheduler, id: u64, prompt: Vec<Token>, max_new_tokens
     scheduler
         .submit(NewRequest {
             id,
+            group: id,
             prompt,
             max_new_tokens,
             now: NOW,
@@ -279,6 +280,7 @@ fn what_can_never_run_is_refused_with_the_numbers() {
     let mut refusal = |prompt: Vec<Token>, max_new_tokens| {
         let request = NewRequest {
             id: SeqId(0),
+            group: SeqId(0),
             prompt,
             max_new_tokens,
             now: NOW,
@@ -328,6 +330,36 @@ fn who_waits_too_long_leaves_and_who_has_begun_stays() {
     }
     assert_eq!((scheduler.running(), scheduler.waiting()), (1, 0));
     assert_eq!(scheduler.totals().expired, 1);
+}
+
+/// The choices of one request are one reply: once the first of them runs, the others wait for as long as it takes. A
+/// request of which nothing runs leaves as a whole.
+#[test]
+fn the_rest_of_a_reply_is_not_sent_away_for_having_to_wait() {
+    let mut config = config();
+    config.max_running = 1;
+    config.max_wait = Some(Duration::from_secs(10));
+    let mut scheduler = scheduler(config);
+    for (id, group) in [(0, 0), (1, 0), (2, 0), (3, 3), (4, 3)] {
+        let request = NewRequest {
+            id: SeqId(id),
+            group: SeqId(group),
+            prompt: own(group, 20),
+            max_new_tokens: 5,
+            now: NOW,
+        };
+        scheduler.submit(request).unwrap();
+    }
+    assert_eq!(scheduler.plan(NOW).expired, []);
+    // The one that began may have ended by then.
+    scheduler.finish(SeqId(0));
+    for (seconds, expired) in [(11, vec![SeqId(3), SeqId(4)]), (60, vec![])] {
+        assert_eq!(scheduler.plan(Duration::from_secs(seconds)).expired, expired);
+    }
+    assert_eq!((scheduler.running(), scheduler.waiting()), (1, 1));
+    scheduler.finish(SeqId(1));
+    let plan = scheduler.plan(Duration::from_secs(600));
+    assert_eq!((plan.expired, plan.prefill.len()), (vec![], 1));
 }
 
 #[test]

@@ -13,7 +13,8 @@ use sim::{Engine, Job, alone};
 
 #[derive(Clone, Debug)]
 enum Op {
-    Submit(Job),
+    /// One request of so many choices.
+    Submit(Job, usize),
     /// The nth of those that are here.
     Cancel(usize),
     /// The nth of those in flight.
@@ -42,12 +43,14 @@ fn prompt() -> impl Strategy<Value = Vec<Token>> {
 }
 
 fn op() -> impl Strategy<Value = Op> {
-    let job = (prompt(), 0usize..14, 1usize..14).prop_map(|(prompt, max_new, stops_after)| {
-        Op::Submit(Job {
+    let choices = prop_oneof![3 => Just(1), 1 => 2usize..5];
+    let job = (prompt(), 0usize..14, 1usize..14, choices).prop_map(|(prompt, max_new, stops_after, n)| {
+        let job = Job {
             prompt,
             max_new,
             stops_after,
-        })
+        };
+        Op::Submit(job, n)
     });
     prop_oneof![
         6 => job,
@@ -89,10 +92,9 @@ fn run(config: Config, ops: Vec<Op>, ahead: usize, decodes_first: bool) -> (usiz
     let mut jobs = BTreeMap::new();
     for op in ops {
         match op {
-            Op::Submit(job) => {
-                if let Some(id) = engine.submit(&job) {
-                    jobs.insert(id, job);
-                }
+            Op::Submit(job, n) => {
+                let ids = engine.submit(&job, n);
+                jobs.extend(ids.into_iter().map(|id| (id, job.clone())));
             }
             Op::Cancel(n) => {
                 let here = engine.here();
@@ -156,11 +158,12 @@ fn a_small_pool_preempts_and_everyone_still_finishes() {
     for ahead in 0..3 {
         for decodes_first in [false, true] {
             let jobs = (0..4).map(|first| {
-                Op::Submit(Job {
+                let job = Job {
                     prompt: vec![first, 1, 2, 0, 1],
                     max_new: 11,
                     stops_after: 11,
-                })
+                };
+                Op::Submit(job, 1)
             });
             let (preempted, _) = run(config.clone(), jobs.collect(), ahead, decodes_first);
             assert!(preempted >= 2, "{preempted} at {ahead} ahead");

@@ -13,12 +13,22 @@ use tokio::sync::{mpsc, watch};
 /// An engine that generates tokens for one model. Shared by all requests; nothing here blocks or takes a lock that
 /// the engine's step holds.
 pub trait Backend: Send + Sync + 'static {
-    /// Queues a request. Never blocks. Dropping the returned [`Generation`] cancels the request wherever it is: in
-    /// the queue, in prefill (between chunks), in decode (within one step).
+    /// Queues the sequences of one client's request: its choices, its prompts. Never blocks. Dropping a returned
+    /// [`Generation`] cancels that sequence wherever it is: in the queue, in prefill (between chunks), in decode (within
+    /// one step). Once one of them runs, the others wait for a place for as long as it takes.
     ///
     /// # Errors
-    /// See [`SubmitError`]; nothing has been queued then.
-    fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError>;
+    /// See [`SubmitError`]; nothing has been queued then, of none of them.
+    fn submit_all(&self, requests: Vec<GenerateRequest>) -> Result<Vec<Generation>, SubmitError>;
+
+    /// Queues a request of one sequence.
+    ///
+    /// # Errors
+    /// As [`Self::submit_all`].
+    fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+        // As many come back as were given.
+        self.submit_all(vec![request])?.pop().ok_or(SubmitError::Stopped)
+    }
 
     /// What the loaded model is.
     fn info(&self) -> &ModelInfo;
@@ -226,7 +236,7 @@ pub enum EngineError {
     /// Something in this request's own step; the engine lives on.
     #[error("generation failed: {0}")]
     Step(String),
-    /// Waited for a place longer than the limit.
+    /// Waited for a place longer than the limit, and so did every other sequence of its request.
     #[error("no place became free within {} s", .0.as_secs())]
     WaitedTooLong(Duration),
     /// The engine has been told to stop.

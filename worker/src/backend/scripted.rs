@@ -137,11 +137,39 @@ impl ScriptedBackend {
 }
 
 impl Backend for ScriptedBackend {
-    fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+    fn submit_all(&self, requests: Vec<GenerateRequest>) -> Result<Vec<Generation>, SubmitError> {
         if let EngineState::Dead(reason) = &*self.shared.state.borrow() {
             return Err(SubmitError::Dead(reason.clone()));
         }
-        let script = (self.planner)(&request)?;
+        let planned = requests
+            .into_iter()
+            .map(|request| Ok(((self.planner)(&request)?, request)))
+            .collect::<Result<Vec<_>, _>>()?;
+        let play = |(script, request)| self.play(script, request);
+        Ok(planned.into_iter().map(play).collect())
+    }
+
+    fn info(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn stats(&self) -> EngineStats {
+        *self.shared.stats.lock()
+    }
+
+    fn state(&self) -> watch::Receiver<EngineState> {
+        self.shared.state.subscribe()
+    }
+
+    fn stop(&self) {
+        self.shared
+            .state
+            .send_replace(EngineState::Dead("stopped".to_owned()));
+    }
+}
+
+impl ScriptedBackend {
+    fn play(&self, script: Script, request: GenerateRequest) -> Generation {
         let (sender, events) = mpsc::channel(event_capacity(request.max_tokens.max(script.len())));
         let mut player = Player {
             number: {
@@ -162,25 +190,7 @@ impl Backend for ScriptedBackend {
                 .endings
                 .send_modify(|seen| seen.push((number, ending)));
         });
-        Ok(Generation { events })
-    }
-
-    fn info(&self) -> &ModelInfo {
-        &self.info
-    }
-
-    fn stats(&self) -> EngineStats {
-        *self.shared.stats.lock()
-    }
-
-    fn state(&self) -> watch::Receiver<EngineState> {
-        self.shared.state.subscribe()
-    }
-
-    fn stop(&self) {
-        self.shared
-            .state
-            .send_replace(EngineState::Dead("stopped".to_owned()));
+        Generation { events }
     }
 }
 

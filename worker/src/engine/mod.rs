@@ -41,7 +41,7 @@ use crate::backend::{
 use crate::model::weights::Storage;
 use crate::model::{LoadError, LoadOptions, LoadProgress};
 use memory::{DoesNotFit, MemoryPlan};
-use run::Command;
+use run::{Arrival, Command};
 use stats::Counters;
 
 /// Whether quantised weights become float32 while loading. Concerns the CPU build of MLX only, whose product of
@@ -256,45 +256,37 @@ impl Drop for Engine {
 }
 
 impl Backend for Engine {
-    fn submit(&self, request: GenerateRequest) -> Result<Generation, SubmitError> {
+    fn submit_all(&self, requests: Vec<GenerateRequest>) -> Result<Vec<Generation>, SubmitError> {
         if self.stopping.load(Relaxed) {
             return Err(SubmitError::Stopped);
         }
         if let EngineState::Dead(reason) = &*self.state.borrow() {
             return Err(SubmitError::Dead(reason.clone()));
         }
-        let (prompt_tokens, context_length) = (request.prompt.len(), self.info.context_length);
-        if prompt_tokens >= context_length {
-            return Err(SubmitError::TooLong {
-                prompt_tokens,
-                context_length,
+        let mut generations = Vec::with_capacity(requests.len());
+        let mut group = Vec::with_capacity(requests.len());
+        for request in requests {
+            self.fits(request.prompt.len())?;
+            let place = self
+                .counters
+                .place(self.info.capacity)
+                .map_err(|taken| SubmitError::QueueFull {
+                    waiting: taken.saturating_sub(self.counters.running.load(Relaxed)),
+                    retry_after: Duration::from_secs(1),
+                })?;
+            let (sender, events) = tokio::sync::mpsc::channel(event_capacity(request.max_tokens));
+            group.push(Arrival {
+                request,
+                events: sender,
+                place,
             });
+            generations.push(Generation { events });
         }
-        let (tokens, bytes) = (self.info.kv_capacity_tokens, self.info.kv_capacity_bytes);
-        if prompt_tokens >= tokens {
-            return Err(SubmitError::NeverFits(format!(
-                "the prompt has {prompt_tokens} tokens, but the KV cache of this worker holds {tokens} tokens in \
-                 {bytes} bytes (--cache-memory-mb), the reply's included"
-            )));
-        }
-        let place = self
-            .counters
-            .place(self.info.capacity)
-            .map_err(|taken| SubmitError::QueueFull {
-                waiting: taken.saturating_sub(self.counters.running.load(Relaxed)),
-                retry_after: Duration::from_secs(1),
-            })?;
-        let (sender, events) = tokio::sync::mpsc::channel(event_capacity(request.max_tokens));
-        let command = Command::Generate {
-            request,
-            events: sender,
-            place,
-        };
         // There is room for as many as have a place, so that a failure means that the thread is gone.
         self.commands
-            .try_send(command)
+            .try_send(Command::Generate(group))
             .map_err(|_| SubmitError::Stopped)?;
-        Ok(Generation { events })
+        Ok(generations)
     }
 
     fn info(&self) -> &ModelInfo {
@@ -313,6 +305,27 @@ impl Backend for Engine {
         self.stopping.store(true, Relaxed);
         // A busy thread sees the flag on its next turn; an idle one is woken.
         let _ = self.commands.try_send(Command::Wake);
+    }
+}
+
+impl Engine {
+    /// Whether a prompt of so many tokens can ever run.
+    fn fits(&self, prompt_tokens: usize) -> Result<(), SubmitError> {
+        let context_length = self.info.context_length;
+        if prompt_tokens >= context_length {
+            return Err(SubmitError::TooLong {
+                prompt_tokens,
+                context_length,
+            });
+        }
+        let (tokens, bytes) = (self.info.kv_capacity_tokens, self.info.kv_capacity_bytes);
+        if prompt_tokens >= tokens {
+            return Err(SubmitError::NeverFits(format!(
+                "the prompt has {prompt_tokens} tokens, but the KV cache of this worker holds {tokens} tokens in \
+                 {bytes} bytes (--cache-memory-mb), the reply's included"
+            )));
+        }
+        Ok(())
     }
 }
 

@@ -24,13 +24,18 @@ use crate::model::LoadProgress;
 /// What the handle asks of the thread.
 #[derive(Debug)]
 pub(super) enum Command {
-    Generate {
-        request: GenerateRequest,
-        events: mpsc::Sender<GenerationEvent>,
-        place: Place,
-    },
+    /// The sequences of one request.
+    Generate(Vec<Arrival>),
     /// Look at the stop flag.
     Wake,
+}
+
+/// One sequence of a request.
+#[derive(Debug)]
+pub(super) struct Arrival {
+    pub(super) request: GenerateRequest,
+    pub(super) events: mpsc::Sender<GenerationEvent>,
+    pub(super) place: Place,
 }
 
 /// An idle engine wakes this often, to show that it lives.
@@ -169,16 +174,22 @@ impl<'a> Loop<'a> {
 
     fn take(&mut self, command: Command) {
         match command {
-            Command::Generate {
-                request,
-                events,
-                place,
-            } => self.submit(request, events, place),
+            Command::Generate(arrivals) => {
+                let group = SeqId(self.next_id);
+                for arrival in arrivals {
+                    self.submit(arrival, group);
+                }
+            }
             Command::Wake => {}
         }
     }
 
-    fn submit(&mut self, request: GenerateRequest, events: mpsc::Sender<GenerationEvent>, place: Place) {
+    fn submit(&mut self, arrival: Arrival, group: SeqId) {
+        let Arrival {
+            request,
+            events,
+            place,
+        } = arrival;
         let id = SeqId(self.next_id);
         self.next_id += 1;
         let room = self.most_tokens.saturating_sub(request.prompt.len());
@@ -187,6 +198,7 @@ impl<'a> Loop<'a> {
         let sequence = Sequence::new(&request, events, place, limit, miss);
         let new = NewRequest {
             id,
+            group,
             prompt: request.prompt,
             max_new_tokens: limit,
             now: self.started.elapsed(),

@@ -13,7 +13,7 @@ use bytes::BytesMut;
 use chat_format::{Delivery, Delta, OutputConfig, OutputParser, ParsedOutput};
 
 use super::choice::Choice;
-use super::errors::{self, Failure};
+use super::errors::Failure;
 use super::metrics::Route;
 use super::prompt::{self, ChatPrompt};
 use super::random_id;
@@ -71,16 +71,8 @@ fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<Choice>, ApiErro
     } else {
         Delivery::Whole
     };
-    let mut choices = Vec::with_capacity(options.n);
-    for index in 0..options.n {
-        let mut request = prompt.generate.clone();
-        // Same seed, same request, same list of choices; but not the same choice n times.
-        request.sampling.seed = request.sampling.seed.map(|seed| seed.wrapping_add(index as u64));
-        let prompt_tokens = request.prompt.len();
-        let Generation { events } = service
-            .backend
-            .submit(request)
-            .map_err(|e| errors::from_submit_of(&e, options.n, service.backend.info().capacity))?;
+    let generations = prompt::submit(service, std::slice::from_ref(&prompt.generate), options.n)?;
+    let choice = |Generation { events }| {
         let parser = OutputParser::new(OutputConfig {
             tool_format: prompt.tool_format,
             reasoning: prompt.reasoning,
@@ -88,17 +80,17 @@ fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<Choice>, ApiErro
             delivery,
             call_id_prefix: format!("call_{}_", random_id()),
         });
-        choices.push(Choice::new(
+        Choice::new(
             &service.tokenizer,
             events,
-            prompt_tokens,
+            prompt.generate.prompt.len(),
             &options.stop,
             Some(parser),
             &prompt.forced,
             prompt.single_call,
-        ));
-    }
-    Ok(choices)
+        )
+    };
+    Ok(generations.into_iter().map(choice).collect())
 }
 
 struct ChatStream {

@@ -13,7 +13,7 @@ use chat_format::Delta;
 use serde_json::Map;
 
 use super::choice::Choice;
-use super::errors::{self, Failure};
+use super::errors::Failure;
 use super::metrics::Route;
 use super::prompt::{self, CompletionPrompt};
 use super::random_id;
@@ -93,29 +93,23 @@ pub(super) async fn handle(
 /// `n` choices for each prompt.
 fn submit(service: &Service, prompt: &CompletionPrompt) -> Result<Vec<Choice>, ApiError> {
     let options = &prompt.options;
-    let total = prompt.generate.len() * options.n;
-    let mut choices = Vec::with_capacity(total);
-    for generate in &prompt.generate {
-        for index in 0..options.n {
-            let mut request = generate.clone();
-            request.sampling.seed = request.sampling.seed.map(|seed| seed.wrapping_add(index as u64));
-            let prompt_tokens = request.prompt.len();
-            let Generation { events } = service
-                .backend
-                .submit(request)
-                .map_err(|e| errors::from_submit_of(&e, total, service.backend.info().capacity))?;
-            choices.push(Choice::new(
-                &service.tokenizer,
-                events,
-                prompt_tokens,
-                &options.stop,
-                None,
-                "",
-                false,
-            ));
-        }
-    }
-    Ok(choices)
+    let generations = prompt::submit(service, &prompt.generate, options.n)?;
+    let prompts = prompt
+        .generate
+        .iter()
+        .flat_map(|generate| std::iter::repeat_n(generate.prompt.len(), options.n));
+    let choice = |(Generation { events }, prompt_tokens)| {
+        Choice::new(
+            &service.tokenizer,
+            events,
+            prompt_tokens,
+            &options.stop,
+            None,
+            "",
+            false,
+        )
+    };
+    Ok(generations.into_iter().zip(prompts).map(choice).collect())
 }
 
 /// One choice's text so far.

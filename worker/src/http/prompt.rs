@@ -9,8 +9,8 @@ use chat_format::{Reasoning, RenderInputs, TemplateError, ToolFormat, ToolSet};
 use serde_json::Value;
 
 use super::service::{ChatFormat, Service};
-use super::{body, canonical};
-use crate::backend::{GenerateRequest, SamplingParams};
+use super::{body, canonical, errors};
+use crate::backend::{GenerateRequest, Generation, SamplingParams};
 
 /// Bodies longer than this are parsed, rendered and tokenised off the threads that serve everybody.
 const LONG_BODY: usize = 16 << 10;
@@ -274,6 +274,31 @@ fn generate(
         logprobs,
     };
     Ok((request, clamped))
+}
+
+/// Hands a request to the engine: `n` choices for each prompt, in this order.
+///
+/// # Errors
+/// The engine does not take them, none of them.
+pub(super) fn submit(
+    service: &Service,
+    prompts: &[GenerateRequest],
+    n: usize,
+) -> Result<Vec<Generation>, ApiError> {
+    let total = prompts.len() * n;
+    let mut requests = Vec::with_capacity(total);
+    for prompt in prompts {
+        for index in 0..n {
+            let mut request = prompt.clone();
+            // Same seed, same request, same list of choices; but not the same choice n times.
+            request.sampling.seed = request.sampling.seed.map(|seed| seed.wrapping_add(index as u64));
+            requests.push(request);
+        }
+    }
+    let backend = &service.backend;
+    backend
+        .submit_all(requests)
+        .map_err(|error| errors::from_submit_of(&error, total, backend.info().capacity))
 }
 
 fn sampling(asked: &Sampling, default: &SamplingParams) -> SamplingParams {

@@ -1,4 +1,4 @@
-//! The whole HTTP layer over real sockets, against a scripted backend, with the demo model's tokenizer and template.
+//! The whole HTTP layer over real sockets, against a scripted backend (in `real` against the engine), with the demo model's tokenizer and template.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -11,6 +11,7 @@ mod chat;
 mod completions;
 mod errors;
 mod info;
+mod real;
 mod streams;
 mod support;
 mod watchdog;

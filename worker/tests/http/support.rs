@@ -12,9 +12,8 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::SendRequest;
 use hyper_util::rt::TokioIo;
-use mlxworker::backend::FinishReason;
-use mlxworker::backend::GenerateRequest;
 use mlxworker::backend::scripted::{Act, Plan, Script, ScriptedBackend};
+use mlxworker::backend::{Backend, FinishReason, GenerateRequest};
 use mlxworker::http::{ChatFormat, HttpConfig, Service, ServiceParts, router};
 use mlxworker::text::TextTokenizer;
 use serde_json::Value;
@@ -69,9 +68,9 @@ pub(crate) fn prompt_text(request: &GenerateRequest) -> String {
     tokenizer().decode(&request.prompt).unwrap()
 }
 
-pub(crate) struct Server {
+pub(crate) struct Server<B = ScriptedBackend> {
     pub(crate) address: SocketAddr,
-    pub(crate) backend: Arc<ScriptedBackend>,
+    pub(crate) backend: Arc<B>,
     pub(crate) service: Arc<Service>,
 }
 
@@ -86,7 +85,7 @@ pub(crate) async fn start_with(
     start_on(ScriptedBackend::new(CONTEXT, VOCABULARY, planner), configure).await
 }
 
-pub(crate) async fn start_on(backend: ScriptedBackend, configure: impl FnOnce(&mut HttpConfig)) -> Server {
+pub(crate) async fn start_on<B: Backend>(backend: B, configure: impl FnOnce(&mut HttpConfig)) -> Server<B> {
     let backend = Arc::new(backend);
     let template = ChatTemplate::from_dir(&model_folder()).unwrap();
     let mut config = HttpConfig {
@@ -107,7 +106,7 @@ pub(crate) async fn start_on(backend: ScriptedBackend, configure: impl FnOnce(&m
             auto_tools: true,
             template_kwargs: serde_json::Map::new(),
         }),
-        backend: Arc::clone(&backend) as Arc<dyn mlxworker::backend::Backend>,
+        backend: Arc::clone(&backend) as Arc<dyn Backend>,
     });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -135,7 +134,7 @@ impl Reply {
     }
 }
 
-impl Server {
+impl<B> Server<B> {
     /// A connection of its own, and the task that drives it: aborting that is a disconnect.
     async fn connect(&self) -> (SendRequest<Full<Bytes>>, tokio::task::JoinHandle<()>) {
         let io = TokioIo::new(TcpStream::connect(self.address).await.unwrap());

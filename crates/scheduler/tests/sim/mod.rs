@@ -50,7 +50,8 @@ struct Sequence {
     /// How many of these the host knows.
     read: usize,
     submitted: Duration,
-    started: bool,
+    /// The first sequence of its request.
+    group: SeqId,
     prompt_done: bool,
     parts: usize,
     passed: usize,
@@ -76,6 +77,8 @@ pub(crate) struct Engine {
     decodes_first: bool,
     pub(crate) now: Duration,
     names: u64,
+    /// Requests of which a sequence has been admitted, by the name of their first.
+    begun: BTreeSet<SeqId>,
     pub(crate) preempted: usize,
     pub(crate) expired: usize,
     pub(crate) failed: usize,
@@ -98,6 +101,7 @@ impl Engine {
             decodes_first,
             now: Duration::ZERO,
             names: 0,
+            begun: BTreeSet::new(),
             preempted: 0,
             expired: 0,
             failed: 0,
@@ -105,11 +109,17 @@ impl Engine {
         }
     }
 
-    /// `None`: refused, as it has to be.
-    pub(crate) fn submit(&mut self, job: &Job) -> Option<SeqId> {
+    /// One request of `n` choices; none of them when it is refused, as it has to be then.
+    pub(crate) fn submit(&mut self, job: &Job, n: usize) -> Vec<SeqId> {
+        let group = SeqId(self.names);
+        (0..n).map_while(|_| self.submit_one(job, group)).collect()
+    }
+
+    fn submit_one(&mut self, job: &Job, group: SeqId) -> Option<SeqId> {
         let id = SeqId(self.names);
         let request = NewRequest {
             id,
+            group,
             prompt: job.prompt.clone(),
             max_new_tokens: job.max_new,
             now: self.now,
@@ -150,7 +160,7 @@ impl Engine {
             tokens: job.prompt.clone(),
             read: prompt,
             submitted: self.now,
-            started: false,
+            group,
             prompt_done: false,
             parts: 0,
             passed: 0,
@@ -231,12 +241,12 @@ impl Engine {
         let max_wait = self.config.max_wait.unwrap_or(Duration::MAX);
         for id in &plan.expired {
             let sequence = self.sequences.remove(id).unwrap();
-            assert!(!sequence.started && age(&sequence) > max_wait);
+            assert!(!self.begun.contains(&sequence.group) && age(&sequence) > max_wait);
             self.expired += 1;
         }
         let running = self.scheduler.running();
         for sequence in self.sequences.values().skip(running) {
-            assert!(sequence.started || age(sequence) <= max_wait);
+            assert!(self.begun.contains(&sequence.group) || age(sequence) <= max_wait);
         }
         for id in &plan.preempted {
             let sequence = self.sequences.get_mut(id).unwrap();
@@ -277,7 +287,7 @@ impl Engine {
         assert!(computed <= self.config.prefill_chunk, "decodes wait too long");
         for id in &running {
             let sequence = self.sequences.get_mut(id).unwrap();
-            sequence.started = true;
+            self.begun.insert(sequence.group);
             if sequence.prompt_done || prefilled.contains(id) {
                 sequence.passed = 0;
                 continue;

@@ -59,12 +59,12 @@ impl Running {
             logprobs: None,
         };
         let place = Counters::place(&self.counters, 64).unwrap();
-        let command = Command::Generate {
+        let arrival = Arrival {
             request,
             events,
             place,
         };
-        self.commands.send(command).unwrap();
+        self.commands.send(Command::Generate(vec![arrival])).unwrap();
         receiver
     }
 

@@ -1,0 +1,42 @@
+//! The HTTP layer with the real engine behind it.
+
+use std::time::{Duration, Instant};
+
+use mlxworker::engine::{Engine, EngineConfig};
+use serde_json::json;
+
+use super::support::*;
+
+async fn start(configure: impl FnOnce(&mut EngineConfig)) -> Server<Engine> {
+    let mut config = EngineConfig::new(model_folder());
+    configure(&mut config);
+    let engine = Engine::start(config, |_| {}).await.unwrap();
+    start_on(engine, |http| http.max_request_tokens = 1000).await
+}
+
+/// One place, and a wait of a fraction of what the choices before the last one take: the client gets all of them.
+#[tokio::test]
+async fn the_last_choice_may_wait_longer_than_a_request_may() {
+    let max_wait = Duration::from_millis(200);
+    let server = start(|config| {
+        config.max_running = 1;
+        config.max_wait = Some(max_wait);
+    })
+    .await;
+    let started = Instant::now();
+    let reply = server
+        .chat(json!({"n": 6, "max_tokens": 100, "ignore_eos": true}))
+        .await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    assert!(started.elapsed() > 2 * max_wait, "the last one has not waited");
+    assert_eq!(reply.json()["usage"]["completion_tokens"], 6 * 100);
+
+    let prompts = ["a", "b", "c"];
+    let body = json!({"prompt": prompts, "n": 2, "max_tokens": 100, "ignore_eos": true});
+    let reply = server.post("/v1/completions", &body).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    assert_eq!(
+        reply.json()["choices"].as_array().unwrap().len(),
+        2 * prompts.len()
+    );
+}
