@@ -213,7 +213,6 @@ impl<S: Clone> KvCache<S> {
         }
         sequence.len = cached_tokens;
         self.counters.admitted += 1;
-        self.counters.hits += u64::from(cached_tokens > 0);
         self.counters.prompt_tokens += prompt.len() as u64;
         self.counters.cached_tokens += cached_tokens as u64;
         self.seniority.insert((arrival, id));

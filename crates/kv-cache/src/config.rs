@@ -57,7 +57,8 @@ pub struct CacheConfig {
     pub generation_share: usize,
     /// Keep the blocks of freed and running sequences for others.
     pub prefix_cache: bool,
-    /// Fewest tokens of a partly shared block that are worth a copy, at least 1.
+    /// Fewest tokens of a partly shared block that are worth a copy, at least 1. Fewer are taken where it costs no copy,
+    /// as the block holds nothing else, and where they are all that is wanted: an exact repeat.
     pub min_tail: usize,
     /// From which positions a prefix can be continued.
     pub reuse: Reuse,
@@ -67,6 +68,11 @@ pub struct CacheConfig {
 
 /// New tokens promised to a sequence at its admission, unless told otherwise: most replies are no longer.
 pub const GENERATION_SHARE: usize = 512;
+
+/// What part of a block is worth a copy, unless told otherwise. A copy is two commands in every layer, however few
+/// tokens it saves; a few tokens more in a prefill that has to be made anyway cost next to nothing. And every chat
+/// begins with the same few tokens.
+const TAIL_PART: usize = 4;
 
 impl CacheConfig {
     /// A cache of as many blocks as fit into `pool_bytes`, with [`GENERATION_SHARE`], prefix reuse, and no snapshots.
@@ -78,7 +84,7 @@ impl CacheConfig {
             bytes_per_token,
             generation_share: GENERATION_SHARE,
             prefix_cache: true,
-            min_tail: 1,
+            min_tail: (block_size / TAIL_PART).max(1),
             reuse: Reuse::Positions,
             snapshot_bytes: 0,
         }

@@ -31,14 +31,19 @@ pub(crate) fn whole_blocks(tree: &PrefixTree, block_size: usize, tokens: &[Token
     path
 }
 
-/// The longest match within `tokens`, continuable from any position.
+/// The longest match within `tokens`, continuable from any position. A part of a block counts where it is worth its cost.
 pub(crate) fn by_position(tree: &PrefixTree, block_size: usize, min_tail: usize, tokens: &[Token]) -> Match {
     let path = whole_blocks(tree, block_size, tokens);
     let start = path.len() * block_size;
     let rest = window(tokens, start, start + block_size);
     let tail = tree
         .nearest_child(path.last().copied(), rest)
-        .filter(|&(_, shared)| shared >= min_tail.max(1));
+        .filter(|&(node, shared)| {
+            let repeat = shared == rest.len();
+            // Then it is written on where it is.
+            let free = shared == tree.key(node).len();
+            shared > 0 && (shared >= min_tail || repeat || free)
+        });
     Match {
         path,
         tail,

@@ -32,8 +32,6 @@ pub struct Usage {
 pub struct Counters {
     /// Requests admitted, a preempted one again each time.
     pub admitted: u64,
-    /// Of these, how many found some of their prompt cached.
-    pub hits: u64,
     /// Tokens of their prompts.
     pub prompt_tokens: u64,
     /// Of these, how many were not computed again. `cached_tokens / prompt_tokens` is the hit rate.

@@ -19,6 +19,7 @@ struct Running {
 
 struct Model {
     block_size: usize,
+    min_tail: usize,
     total: usize,
     tick: u64,
     chains: BTreeMap<Vec<Token>, u64>,
@@ -113,6 +114,11 @@ impl Model {
             .unwrap_or(0);
         let whole = self.whole_blocks(head);
         assert_eq!(whole, cached / self.block_size);
+        // Few tokens of a further block are not worth a copy, unless they are the last, or the block ends with them.
+        let worth = cached % self.block_size >= self.min_tail
+            || cached == head.len()
+            || self.chains.contains_key(&head[..cached]);
+        let cached = if worth { cached } else { whole * self.block_size };
         let needed = (prompt.len() + max_new).div_ceil(self.block_size) - whole;
         let newly_pinned = (1..=whole)
             .filter(|n| !self.pinned(&prompt[..n * self.block_size]))
@@ -234,15 +240,17 @@ proptest! {
     fn lookups_and_evictions_equal_the_naive_model(
         ops in prop::collection::vec(op(), 1..80),
         block_size in 1usize..5,
+        min_tail in 1usize..5,
         total in 3usize..20,
     ) {
         let config = CacheConfig {
             total_blocks: total,
             generation_share: usize::MAX,
+            min_tail,
             ..CacheConfig::for_pool(1, 1, block_size)
         };
         let mut cache: KvCache<()> = KvCache::new(config).unwrap();
-        let mut model = Model { block_size, total, tick: 0, chains: BTreeMap::new(), running: BTreeMap::new() };
+        let mut model = Model { block_size, min_tail, total, tick: 0, chains: BTreeMap::new(), running: BTreeMap::new() };
         let mut limits = BTreeMap::new();
         let mut names = 0;
         for op in ops {

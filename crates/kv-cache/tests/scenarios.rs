@@ -63,6 +63,50 @@ fn an_exact_repeat_prefills_one_token() {
 }
 
 #[test]
+fn the_few_tokens_with_which_every_chat_begins_are_not_worth_a_copy() {
+    // <|im_start|>, "user", "\n": a quarter of a block is.
+    for (common, cached, copies) in [
+        (1, 0, 0),
+        (3, 0, 0),
+        (4, 4, 1),
+        (15, 15, 1),
+        (16, 16, 0),
+        (19, 16, 0),
+        (20, 20, 1),
+    ] {
+        let mut cache = cache(100, 16);
+        let begin = tokens(0..common);
+        converse(&mut cache, 1, &[begin.clone(), tokens(100..140)].concat(), &[]);
+        let other = [begin.clone(), tokens(200..240)].concat();
+        assert_eq!(cache.peek(&other), cached);
+        let found = admitted(admit(&mut cache, 2, &other, 1));
+        assert_eq!(
+            (found.cached_tokens, found.copies.len()),
+            (cached, copies),
+            "{common}"
+        );
+        assert_eq!(cache.counters().copied_blocks, copies as u64);
+        cache.audit().unwrap();
+    }
+}
+
+#[test]
+fn few_tokens_are_taken_where_that_costs_nothing_or_leaves_nothing() {
+    // The reply ends one token into a block: the next turn writes on behind it, in the same block.
+    let mut cache = cache(100, 16);
+    converse(&mut cache, 1, &tokens(0..30), &[7, 7, 7]);
+    let next = [tokens(0..30), vec![7, 7, 7], tokens(60..70)].concat();
+    let found = admitted(admit(&mut cache, 2, &next, 1));
+    assert_eq!((found.cached_tokens, found.copies), (33, vec![]));
+    // What is asked again leaves one token, although another conversation has the block for its own.
+    let first = tokens(500..518);
+    converse(&mut cache, 3, &first, &tokens(900..910));
+    let again = admitted(admit(&mut cache, 4, &first, 1));
+    assert_eq!((again.cached_tokens, again.copies.len()), (17, 1));
+    cache.audit().unwrap();
+}
+
+#[test]
 fn the_last_block_left_is_reused_where_it_lies() {
     let mut cache = cache(1, 4);
     converse(&mut cache, 1, &[1, 2, 3], &[]);

@@ -34,7 +34,8 @@ pub struct Totals {
     pub decode_tokens: u64,
     /// Requests admitted, each counted once.
     pub admitted: u64,
-    /// Of these, how many found some of their prompt cached.
+    /// Of these, how many found at least a quarter of their prompt cached. Almost every prompt begins like another for
+    /// a token or two, which is no hit.
     pub hits: u64,
     /// Tokens of their prompts.
     pub prompt_tokens: u64,
@@ -45,12 +46,16 @@ pub struct Totals {
     pub expired: u64,
 }
 
+/// Which part of its prompt a request must find cached to count as a hit: one so many-th.
+const HIT_SHARE: usize = 4;
+
 impl Totals {
     /// A job goes on from `end`, with what is cached before that.
     pub(crate) fn cached(&mut self, job: &mut Job, end: usize) {
-        let before = job.cached;
+        let enough = |job: &Job| job.cached > 0 && job.cached.saturating_mul(HIT_SHARE) >= job.prompt();
+        let before = enough(job);
         let new = job.note_cached(end);
-        self.hits += u64::from(before == 0 && new > 0);
+        self.hits += u64::from(!before && enough(job));
         self.cached_tokens += new as u64;
     }
 }

@@ -227,6 +227,34 @@ fn users_of_one_system_prompt_who_come_at_once_compute_it_once() {
 }
 
 #[test]
+fn a_hit_is_a_quarter_of_the_prompt_not_the_token_that_all_begin_with() {
+    let mut scheduler = scheduler(config());
+    let block = scheduler.config().cache.block_size;
+    let begin = own(9, 2 * block);
+    // Whole blocks in common with the first: none, one of eight, two of eight, two of nine.
+    for (id, common, blocks) in [(0, 0, 2), (1, 1, 8), (2, 2, 8), (3, 2, 9)] {
+        let tokens = if id == 0 {
+            begin.clone()
+        } else {
+            [
+                begin[..common * block].to_vec(),
+                own(id, (blocks - common) * block),
+            ]
+            .concat()
+        };
+        submit(&mut scheduler, id, tokens, 1);
+        while !scheduler.is_idle() {
+            for id in draws(&step(&mut scheduler)) {
+                scheduler.finish(id);
+            }
+        }
+    }
+    let totals = scheduler.totals();
+    assert_eq!((totals.admitted, totals.hits), (4, 1));
+    assert_eq!(totals.cached_tokens, 5 * block as u64);
+}
+
+#[test]
 fn nobody_overtakes_the_head_of_the_queue() {
     let mut config = config();
     config.cache.total_blocks = 20;

@@ -326,7 +326,7 @@ pub struct EngineStats {
 pub struct CacheStats {
     /// Requests that left the queue.
     pub requests: u64,
-    /// Of these, how many found some of their prompt cached.
+    /// Of these, how many found at least a quarter of their prompt cached.
     pub hits: u64,
     /// Tokens of their prompts.
     pub prompt_tokens: u64,
@@ -334,7 +334,7 @@ pub struct CacheStats {
     pub cached_tokens: u64,
     /// Blocks evicted to make room.
     pub evicted_blocks: u64,
-    /// Blocks copied: partly shared ones, and copies on write.
+    /// Blocks copied, because a request shared only their beginning.
     pub copied_blocks: u64,
     /// Blocks moved, so that sequences are one run.
     pub moved_blocks: u64,
@@ -348,5 +348,12 @@ impl CacheStats {
     pub fn hit_rate(&self) -> Option<f64> {
         #[allow(clippy::cast_precision_loss)] // exact up to 2^53 tokens
         (self.prompt_tokens > 0).then(|| self.cached_tokens as f64 / self.prompt_tokens as f64)
+    }
+
+    /// Share of the requests that found at least a quarter of their prompt cached; `None` before the first.
+    #[must_use]
+    pub fn request_hit_rate(&self) -> Option<f64> {
+        #[allow(clippy::cast_precision_loss)] // exact up to 2^53 requests
+        (self.requests > 0).then(|| self.hits as f64 / self.requests as f64)
     }
 }

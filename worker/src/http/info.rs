@@ -118,6 +118,7 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
             "prompt_tokens": stats.cache.prompt_tokens,
             "cached_tokens": stats.cache.cached_tokens,
             "hit_rate": stats.cache.hit_rate(),
+            "request_hit_rate": stats.cache.request_hit_rate(),
             "evicted_blocks": stats.cache.evicted_blocks,
             "copied_blocks": stats.cache.copied_blocks,
             "moved_blocks": stats.cache.moved_blocks,

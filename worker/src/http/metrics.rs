@@ -177,7 +177,7 @@ impl Metrics {
             (
                 "prefix_cache_hits_total",
                 "counter",
-                "Of these, those that found some of their prompt cached.",
+                "Of these, those that found at least a quarter of their prompt cached.",
                 engine.cache.hits,
             ),
             (
@@ -189,7 +189,7 @@ impl Metrics {
             (
                 "kv_copied_blocks_total",
                 "counter",
-                "Blocks copied: partly shared ones, and copies on write.",
+                "Blocks copied, because a request shared only their beginning.",
                 engine.cache.copied_blocks,
             ),
             (

@@ -67,7 +67,7 @@ async fn status_tells_limits_and_numbers() {
         active_bytes: 5,
         reference_decodes: 4,
         cache: CacheStats {
-            requests: 3,
+            requests: 5,
             hits: 1,
             prompt_tokens: 40,
             cached_tokens: 10,
@@ -82,6 +82,7 @@ async fn status_tells_limits_and_numbers() {
     assert_eq!(json["engine"]["decode_steps"]["reference"], 4);
     assert_eq!(json["prefix_cache"]["hits"], 1);
     assert_eq!(json["prefix_cache"]["hit_rate"], 0.25);
+    assert_eq!(json["prefix_cache"]["request_hit_rate"], 0.2);
     assert_eq!(json["memory"]["active_bytes"], 5);
     assert_eq!(json["chat"]["tool_call_parser"], "hermes");
     assert_eq!(server.get("/v1/status").await.json()["model"], MODEL);
