@@ -4,6 +4,7 @@ use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
 use knobs::{Command, ParsedArgs};
+use mlxworker::backend::SamplingParams;
 use mlxworker::engine::bench::{self, Wish};
 use mlxworker::serve::{Failed, HubPlaces};
 use tracing_subscriber::EnvFilter;
@@ -68,85 +69,106 @@ fn serve(args: ParsedArgs) -> ExitCode {
     mlx_ext::exit_now(code)
 }
 
-const BENCH_USAGE: &str = "mlxworker bench MODEL [--streams N] [--prompt-tokens N] [--tokens N] [--rounds N] \
-                           [--path bare|engine] [--case STREAMS:PROMPT:TOKENS]... [flags of serve]";
+const BENCH_USAGE: &str = "mlxworker bench MODEL [--streams N] [--prompt-tokens N] [--tokens N] [--warmup N] [--rounds N] \
+                           [--seed N] [--sampling greedy|penalties|default] [--path bare|engine] \
+                           [--case STREAMS:PROMPT:TOKENS]... [flags of serve]";
 
-/// `mlxworker bench`: prints one JSON object for each case; without `--case` one, of the other flags.
-fn bench(args: &[String]) -> ExitCode {
-    let mut wish = Wish {
-        streams: 1,
-        prompt_tokens: 256,
-        tokens: 256,
-        rounds: 3,
-    };
-    let mut through_engine = false;
-    let mut cases = Vec::new();
-    let mut rest = Vec::new();
-    let mut args = args.iter();
-    while let Some(arg) = args.next() {
-        let mut number = |place: &mut usize| match args.next().map(|value| value.parse()) {
-            Some(Ok(value)) if value > 0 => {
-                *place = value;
-                true
-            }
-            _ => false,
+/// How `mlxworker bench` chooses tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Drawing {
+    /// The likeliest, no penalties.
+    Greedy,
+    /// The likeliest, with the penalties of the knobs.
+    Penalties,
+    /// As for a request that says nothing: knobs, else the model's own.
+    Default,
+}
+
+/// A command line of `mlxworker bench`.
+#[derive(Debug, PartialEq, Eq)]
+struct BenchLine {
+    wishes: Vec<Wish>,
+    drawing: Drawing,
+    through_engine: bool,
+    /// For the knobs.
+    rest: Vec<String>,
+}
+
+impl BenchLine {
+    /// # Errors
+    /// The option whose value makes no sense.
+    fn parse(args: &[String]) -> Result<Self, String> {
+        let mut wish = Wish {
+            streams: 1,
+            prompt_tokens: 256,
+            tokens: 256,
+            warmup: 0,
+            rounds: 3,
+            seed: 0,
         };
-        let understood = match arg.as_str() {
-            "--streams" => number(&mut wish.streams),
-            "--prompt-tokens" => number(&mut wish.prompt_tokens),
-            "--tokens" => number(&mut wish.tokens),
-            "--rounds" => number(&mut wish.rounds),
-            "--case" => match args.next().and_then(|case| parse_case(case)) {
-                Some(case) => {
-                    cases.push(case);
-                    true
-                }
-                None => false,
-            },
-            "--path" => match args.next().map(String::as_str) {
-                Some("bare") => true,
-                Some("engine") => {
-                    through_engine = true;
-                    true
-                }
-                _ => false,
-            },
-            _ => {
-                rest.push(arg.clone());
-                true
-            }
+        let mut line = Self {
+            wishes: Vec::new(),
+            drawing: Drawing::Greedy,
+            through_engine: false,
+            rest: Vec::new(),
         };
-        if !understood {
-            complain(&format!("{arg}: not a value for it; usage: {BENCH_USAGE}"));
-            return ExitCode::from(USAGE);
+        let mut cases = Vec::new();
+        let mut args = args.iter();
+        while let Some(arg) = args.next() {
+            let mut value = || args.next().map(String::as_str);
+            let at_least_one = |value: Option<&str>| value?.parse().ok().filter(|&number: &usize| number > 0);
+            let understood = match arg.as_str() {
+                "--streams" => set(&mut wish.streams, at_least_one(value())),
+                "--prompt-tokens" => set(&mut wish.prompt_tokens, at_least_one(value())),
+                "--tokens" => set(&mut wish.tokens, at_least_one(value())),
+                "--rounds" => set(&mut wish.rounds, at_least_one(value())),
+                "--warmup" => set(&mut wish.warmup, value().and_then(|value| value.parse().ok())),
+                "--seed" => set(&mut wish.seed, value().and_then(|value| value.parse().ok())),
+                "--case" => value().and_then(parse_case).map(|case| cases.push(case)),
+                "--sampling" => set(
+                    &mut line.drawing,
+                    match value() {
+                        Some("greedy") => Some(Drawing::Greedy),
+                        Some("penalties") => Some(Drawing::Penalties),
+                        Some("default") => Some(Drawing::Default),
+                        _ => None,
+                    },
+                ),
+                "--path" => set(
+                    &mut line.through_engine,
+                    match value() {
+                        Some("bare") => Some(false),
+                        Some("engine") => Some(true),
+                        _ => None,
+                    },
+                ),
+                _ => {
+                    line.rest.push(arg.clone());
+                    Some(())
+                }
+            };
+            understood.ok_or_else(|| format!("{arg}: not a value for it"))?;
         }
-    }
-    let parsed = match knobs::parse_args(&rest) {
-        Ok(parsed) => parsed,
-        Err(error) => {
-            complain(&format!("{error}; usage: {BENCH_USAGE}"));
-            return ExitCode::from(USAGE);
+        if cases.is_empty() {
+            cases.push([wish.streams, wish.prompt_tokens, wish.tokens]);
         }
-    };
-    let wishes: Vec<Wish> = match cases.as_slice() {
-        [] => vec![wish],
-        cases => cases
-            .iter()
-            .map(|&[streams, prompt_tokens, tokens]| Wish {
+        line.wishes = cases
+            .into_iter()
+            .map(|[streams, prompt_tokens, tokens]| Wish {
                 streams,
                 prompt_tokens,
                 tokens,
-                rounds: wish.rounds,
+                ..wish
             })
-            .collect(),
-    };
-    match run_bench(parsed, &wishes, through_engine) {
-        Ok(line) => print(&line),
-        Err(error) => {
-            complain(&format!("{error:#}"));
-            ExitCode::FAILURE
-        }
+            .collect();
+        Ok(line)
     }
+}
+
+/// `None` where there is no such value.
+fn set<T>(place: &mut T, value: Option<T>) -> Option<()> {
+    *place = value?;
+    Some(())
 }
 
 /// `STREAMS:PROMPT:TOKENS`, each at least 1.
@@ -158,23 +180,57 @@ fn parse_case(case: &str) -> Option<[usize; 3]> {
     numbers.try_into().ok()
 }
 
-fn run_bench(mut args: ParsedArgs, wishes: &[Wish], through_engine: bool) -> anyhow::Result<String> {
-    let streams = wishes.iter().map(|wish| wish.streams).max().unwrap_or(1);
+/// `mlxworker bench`: prints one JSON object for each case; without `--case` one, of the other flags.
+fn bench(args: &[String]) -> ExitCode {
+    let parsed = BenchLine::parse(args).and_then(|line| {
+        let knobs = knobs::parse_args(&line.rest).map_err(|error| error.to_string())?;
+        Ok((line, knobs))
+    });
+    let (line, args) = match parsed {
+        Ok(parsed) => parsed,
+        Err(error) => {
+            complain(&format!("{error}; usage: {BENCH_USAGE}"));
+            return ExitCode::from(USAGE);
+        }
+    };
+    match run_bench(args, &line) {
+        Ok(lines) => print(&lines),
+        Err(error) => {
+            complain(&format!("{error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run_bench(mut args: ParsedArgs, line: &BenchLine) -> anyhow::Result<String> {
+    mlxworker::serve::environment::apply(&args.knobs)?;
+    let streams = line.wishes.iter().map(|wish| wish.streams).max().unwrap_or(1);
     log(&args.knobs.log_level);
     args.knobs.max_num_seqs = args.knobs.max_num_seqs.max(streams as u64);
     let folder = mlxworker::serve::resolve_model(&args.model, &HubPlaces::from_environment())?;
+    let usual = mlxworker::serve::default_sampling(&args.knobs, &folder)?;
+    let sampling = match line.drawing {
+        Drawing::Greedy => SamplingParams::greedy(),
+        Drawing::Penalties => SamplingParams {
+            presence_penalty: usual.presence_penalty,
+            frequency_penalty: usual.frequency_penalty,
+            repetition_penalty: usual.repetition_penalty,
+            ..SamplingParams::greedy()
+        },
+        Drawing::Default => usual,
+    };
     let config = mlxworker::serve::engine_config(&args.knobs, folder)?;
-    let figures = if through_engine {
+    let figures = if line.through_engine {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
         let mut all = Vec::new();
-        for &wish in wishes {
-            all.push(runtime.block_on(bench::engine(config.clone(), wish))?);
+        for &wish in &line.wishes {
+            all.push(runtime.block_on(bench::engine(config.clone(), wish, &sampling))?);
         }
         all
     } else {
-        bench::bare(config, wishes)?
+        bench::bare(config, &line.wishes, &sampling)?
     };
     let mut lines = String::new();
     for figures in &figures {
@@ -203,4 +259,47 @@ fn print(text: &str) -> ExitCode {
 
 fn complain(message: &str) {
     let _ = writeln!(std::io::stderr().lock(), "mlxworker: {message}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<BenchLine, String> {
+        let args: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+        BenchLine::parse(&args)
+    }
+
+    #[test]
+    fn lines_of_bench() {
+        let line =
+            parse("model --tokens 5 --warmup 0 --rounds 2 --seed 9 --sampling penalties --case 1:2:3 --path engine --case 4:5:6 --block-size 16")
+                .unwrap();
+        let cases: Vec<_> = line
+            .wishes
+            .iter()
+            .map(|w| [w.streams, w.prompt_tokens, w.tokens, w.warmup, w.rounds])
+            .collect();
+        assert_eq!(cases, [[1, 2, 3, 0, 2], [4, 5, 6, 0, 2]]);
+        assert!(line.through_engine && line.wishes.iter().all(|wish| wish.seed == 9));
+        assert_eq!(line.drawing, Drawing::Penalties);
+        assert_eq!(line.rest, ["model", "--block-size", "16"]);
+        let line = parse("model --streams 3 --warmup 2").unwrap();
+        assert_eq!(
+            (line.wishes.len(), line.wishes[0].streams, line.wishes[0].warmup),
+            (1, 3, 2)
+        );
+        assert_eq!((line.drawing, line.through_engine), (Drawing::Greedy, false));
+        for wrong in [
+            "--streams 0",
+            "--warmup -1",
+            "--case 1:2",
+            "--sampling hot",
+            "--path",
+            "--rounds x",
+        ] {
+            let said = parse(&format!("model {wrong}")).unwrap_err();
+            assert!(wrong.starts_with(said.split(':').next().unwrap()), "{said}");
+        }
+    }
 }

@@ -24,8 +24,13 @@ pub struct Wish {
     pub prompt_tokens: usize,
     /// Tokens generated for each.
     pub tokens: usize,
+    /// Rounds that do not count, before those that do: pages are touched and buffers kept after them, as in a server
+    /// that has answered before.
+    pub warmup: usize,
     /// Measured so often; the best counts.
     pub rounds: usize,
+    /// Of the prompts: others for another.
+    pub seed: u64,
 }
 
 /// What was measured.
@@ -39,6 +44,18 @@ pub struct Figures {
     pub prompt_tokens: usize,
     /// Tokens generated for each.
     pub tokens: usize,
+    /// Rounds that did not count.
+    pub warmup: usize,
+    /// Rounds of which the best is told.
+    pub rounds: usize,
+    /// How tokens were chosen: the temperature, and the penalties for presence, frequency and repetition.
+    pub temperature: f32,
+    /// See `temperature`.
+    pub presence_penalty: f32,
+    /// See `temperature`.
+    pub frequency_penalty: f32,
+    /// See `temperature`.
+    pub repetition_penalty: f32,
     /// Tokens of all streams together, a second, after each stream's first token.
     pub tokens_per_second: f64,
     /// Milliseconds from one token of a stream to its next.
@@ -58,9 +75,11 @@ fn failed(error: &Exception) -> StartError {
     StartError::WarmUp(error.what().to_owned())
 }
 
-/// Different tokens for each stream, the same in every run.
-fn prompt(stream: usize, round: usize, length: usize, vocab: usize) -> Vec<u32> {
-    let seed = (round * 1000 + stream) as u64;
+/// Different tokens for each stream and round, the same in every run with a seed.
+fn prompt(wish: Wish, stream: usize, round: usize, vocab: usize) -> Vec<u32> {
+    let (seed, length) = ((round * 1000 + stream) as u64, wish.prompt_tokens);
+    // Any large odd number: seeds of neighbours have no streams in common.
+    let seed = seed.wrapping_add(wish.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
     let mut random = fastrand::Rng::with_seed(seed);
     let most = u32::try_from(vocab).unwrap_or(u32::MAX).max(2);
     (0..length).map(|_| random.u32(1..most)).collect()
@@ -91,6 +110,7 @@ impl Times {
 fn figures(
     path: &'static str,
     wish: Wish,
+    sampling: &SamplingParams,
     times: Times,
     limits: serde_json::Map<String, serde_json::Value>,
 ) -> Figures {
@@ -106,6 +126,12 @@ fn figures(
         streams: wish.streams,
         prompt_tokens: wish.prompt_tokens,
         tokens: wish.tokens,
+        warmup: wish.warmup,
+        rounds: wish.rounds,
+        temperature: sampling.temperature,
+        presence_penalty: sampling.presence_penalty,
+        frequency_penalty: sampling.frequency_penalty,
+        repetition_penalty: sampling.repetition_penalty,
         tokens_per_second: streams * steps / decode.as_secs_f64(),
         step_ms: decode.as_secs_f64() * 1e3 / steps,
         host_ms: host.map(|host| host.as_secs_f64() * 1e3 / steps),
@@ -115,12 +141,17 @@ fn figures(
     }
 }
 
-/// The model's own steps, for each wish after the other with the model loaded once.
+/// The model's own steps, for each wish after the other with the model loaded once. Every stream draws as `sampling`
+/// says.
 ///
 /// # Errors
 ///
 /// The model cannot be loaded or run.
-pub fn bare(config: EngineConfig, wishes: &[Wish]) -> Result<Vec<Figures>, StartError> {
+pub fn bare(
+    config: EngineConfig,
+    wishes: &[Wish],
+    sampling: &SamplingParams,
+) -> Result<Vec<Figures>, StartError> {
     let (block_size, chunk) = (config.block_size, config.prefill_chunk);
     let (parts, info) = start::start(config, &mut |_| {})?;
     let mut stepper = parts.stepper;
@@ -137,17 +168,19 @@ pub fn bare(config: EngineConfig, wishes: &[Wish]) -> Result<Vec<Figures>, Start
         }
         mlx_rs::memory::reset_peak_memory().map_err(|error| failed(&error))?;
         let mut best: Option<Times> = None;
-        for round in 0..wish.rounds.max(1) {
+        for round in 0..wish.warmup + wish.rounds.max(1) {
             let prompts: Vec<Vec<u32>> = (0..wish.streams)
-                .map(|stream| prompt(stream, round, wish.prompt_tokens, info.vocab_size))
+                .map(|stream| prompt(wish, stream, round, info.vocab_size))
                 .collect();
-            let times = run(&mut stepper, &prompts, wish.tokens, block_size, chunk)
+            let times = run(&mut stepper, &prompts, wish.tokens, (block_size, chunk), sampling)
                 .map_err(|fault| failed(&fault.into()))?;
             stepper.clear();
-            best = Some(times.best(best));
+            if round >= wish.warmup {
+                best = Some(times.best(best));
+            }
         }
         let best = best.ok_or_else(|| StartError::WarmUp("no rounds".to_owned()))?;
-        all.push(figures("bare", wish, best, info.limits.clone()));
+        all.push(figures("bare", wish, sampling, best, info.limits.clone()));
     }
     Ok(all)
 }
@@ -157,8 +190,8 @@ fn run(
     stepper: &mut Stepper,
     prompts: &[Vec<u32>],
     tokens: usize,
-    block_size: usize,
-    chunk: usize,
+    (block_size, chunk): (usize, usize),
+    sampling: &SamplingParams,
 ) -> Result<Times, Fault> {
     let length = prompts.first().map_or(0, Vec::len);
     let each = (length + tokens + 1).div_ceil(block_size);
@@ -171,7 +204,7 @@ fn run(
         .collect();
     let mut samplers: Vec<Sampler> = prompts
         .iter()
-        .map(|prompt| Sampler::new(SamplingParams::greedy(), prompt, None))
+        .map(|prompt| Sampler::new(sampling.clone(), prompt, None))
         .collect();
     let started = Instant::now();
     stepper.begin();
@@ -223,18 +256,22 @@ fn run(
 /// # Errors
 ///
 /// The model cannot be loaded or run.
-pub async fn engine(config: EngineConfig, wish: Wish) -> Result<Figures, StartError> {
+pub async fn engine(
+    config: EngineConfig,
+    wish: Wish,
+    sampling: &SamplingParams,
+) -> Result<Figures, StartError> {
     let engine = Engine::start(config, |_| {}).await?;
     let vocab = engine.info().vocab_size;
     let mut best: Option<Times> = None;
-    for round in 0..wish.rounds.max(1) {
+    for round in 0..wish.warmup + wish.rounds.max(1) {
         let started = Instant::now();
         let mut generations = Vec::new();
         for stream in 0..wish.streams {
             let request = GenerateRequest {
-                prompt: prompt(stream, round, wish.prompt_tokens, vocab),
+                prompt: prompt(wish, stream, round, vocab),
                 max_tokens: wish.tokens,
-                sampling: SamplingParams::greedy(),
+                sampling: sampling.clone(),
                 stop_tokens: Vec::new(),
                 logprobs: None,
             };
@@ -266,8 +303,16 @@ pub async fn engine(config: EngineConfig, wish: Wish) -> Result<Figures, StartEr
             decode: first.elapsed(),
             host: None,
         };
-        best = Some(times.best(best));
+        if round >= wish.warmup {
+            best = Some(times.best(best));
+        }
     }
     let best = best.ok_or_else(|| StartError::WarmUp("no rounds".to_owned()))?;
-    Ok(figures("engine", wish, best, engine.info().limits.clone()))
+    Ok(figures(
+        "engine",
+        wish,
+        sampling,
+        best,
+        engine.info().limits.clone(),
+    ))
 }

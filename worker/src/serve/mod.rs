@@ -38,7 +38,7 @@ use tokio::time::timeout;
 pub use control::Control;
 pub use hub::{HubPlaces, resolve_model};
 pub use server::{Ending, Signals, serve};
-pub use startup::engine as engine_config;
+pub use startup::{default_sampling, engine as engine_config};
 pub use watchdog::Watchdog;
 
 use crate::backend::{Backend, EngineState};

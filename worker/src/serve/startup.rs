@@ -172,6 +172,14 @@ fn chat_format(knobs: &Knobs, folder: &Path) -> Result<Option<ChatFormat>> {
     }))
 }
 
+/// What a request gets that says nothing about sampling, for the model in `folder`.
+///
+/// # Errors
+/// A model's file that makes no sense.
+pub fn default_sampling(knobs: &Knobs, folder: &Path) -> Result<SamplingParams> {
+    Ok(sampling(knobs, &GenerationDefaults::load(folder)?))
+}
+
 /// Knob, else the model's own, else the fallback.
 fn sampling(knobs: &Knobs, model: &GenerationDefaults) -> SamplingParams {
     #[allow(clippy::cast_possible_truncation)] // single precision is what is computed with
