@@ -10,6 +10,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use kv_cache::KvQuantization;
 use mlxworker::backend::{
     Backend, EngineError, EngineState, GenerateRequest, Generation, GenerationEvent, SamplingParams,
     SubmitError,
@@ -174,15 +175,30 @@ fn tokens(events: &[GenerationEvent]) -> Vec<u32> {
     events.iter().filter_map(token).collect()
 }
 
-/// A pool of a few blocks, full of cached prefixes: blocks are shared, evicted, copied and moved. Nobody must be able to
-/// tell.
+/// A pool of a few blocks, full of cached prefixes: blocks are shared, evicted, copied and moved, prompts computed in small
+/// pieces and again after a preemption. Nobody must be able to tell.
 #[tokio::test]
 async fn replies_in_a_crowded_cache_are_those_given_alone() {
+    let plain = crowded_and_alone(None).await;
+    // Quantised keys and values are others, but as much themselves wherever they lie.
+    for bits in [8, 4] {
+        let group_size = 32;
+        let replies = crowded_and_alone(Some(KvQuantization { bits, group_size })).await;
+        assert!(
+            bits == 8 || replies != plain,
+            "4 bits leave nobody's reply as it was"
+        );
+    }
+}
+
+/// What 36 requests are answered alone, which is what they are answered in the crowd.
+async fn crowded_and_alone(kv_quantization: Option<KvQuantization>) -> Vec<Vec<u32>> {
     let folder = || Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied");
     let alone = EngineConfig {
         max_running: 1,
         max_waiting: 100,
         prefix_cache: false,
+        kv_quantization,
         ..EngineConfig::new(folder())
     };
     let crowded = EngineConfig {
@@ -191,6 +207,8 @@ async fn replies_in_a_crowded_cache_are_those_given_alone() {
         prefill_chunk: 16,
         block_size: 4,
         max_blocks: Some(60),
+        generation_share: 8,
+        kv_quantization,
         ..EngineConfig::new(folder())
     };
     // Some begin alike, some are asked again, and every third one goes on from the one before.
@@ -213,7 +231,7 @@ async fn replies_in_a_crowded_cache_are_those_given_alone() {
             ..request(1, None)
         })
     };
-    let (mut replies, mut cached) = (Vec::new(), Vec::new());
+    let (mut replies, mut cached, mut preempted) = (Vec::new(), Vec::new(), Vec::new());
     for config in [alone, crowded] {
         let engine = Engine::start(config, |_| {}).await.unwrap();
         let generations: Vec<Generation> = requests()
@@ -225,12 +243,15 @@ async fn replies_in_a_crowded_cache_are_those_given_alone() {
         }
         replies.push(all_of_it);
         cached.push(engine.stats().cache.cached_tokens);
+        preempted.push(engine.stats().preempted);
     }
     assert!(cached[0] == 0 && cached[1] > 100, "{cached:?}");
+    assert!(preempted[0] == 0 && preempted[1] > 0, "{preempted:?}");
     for (n, (alone, crowded)) in replies[0].iter().zip(&replies[1]).enumerate() {
         assert_eq!(alone.len(), 5 + n * 11 % 60);
-        assert_eq!(alone, crowded, "request {n}");
+        assert_eq!(alone, crowded, "request {n}, {kv_quantization:?}");
     }
+    replies.swap_remove(0)
 }
 
 /// Kernels of our own are for GPUs: without one the reference path decodes, and `/status` says why.

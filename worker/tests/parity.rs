@@ -96,7 +96,7 @@ fn scores_after_the_prompt() {
                 (expected.prompt.len(), &pieces),
                 (11, &pieces),
             ] {
-                let kv = model.new_kv(300 + length).unwrap();
+                let kv = model.new_kv(300 + length, None).unwrap();
                 let mut hidden = None;
                 for (tokens, start) in expected.prompt.chunks(chunk).zip((0..).step_by(chunk)) {
                     let end = start + tokens.len() as i32;

@@ -216,6 +216,43 @@ fn weights_can_be_read_instead_of_mapped() {
     assert_eq!(replies[0], replies[1]);
 }
 
+/// The last resort for long contexts, as a user gets it: more tokens in the same reservation, and `/status` says why.
+#[test]
+fn a_quantised_kv_cache_answers_and_is_reported() {
+    let reservation = ["--cache-memory-mb", "16"];
+    let capacity = |flags: &[&str]| {
+        let mut worker = Worker::supervised(&demo(), &[&reservation, flags].concat());
+        let (port, ready) = worker.ready();
+        let (status, text) = ask(port, "/v1/chat/completions", &chat(24));
+        assert_eq!(status, 200, "{text}");
+        assert!(text.contains("data: [DONE]"), "{text}");
+        let (status, text) = ask(port, "/status", &Value::Null);
+        assert_eq!(status, 200, "{text}");
+        let (_, json) = text.split_once("\r\n\r\n").unwrap();
+        let limits = serde_json::from_str::<Value>(json).unwrap()["limits"]["engine"].clone();
+        assert_eq!(limits["kv_tokens"], ready["limits"]["kv_tokens"]);
+        limits
+    };
+    let plain = capacity(&[]);
+    assert!(plain["kv_bits"].is_null(), "{plain}");
+    let limits = capacity(&["--kv-cache-quantization"]);
+    assert_eq!(
+        (&limits["kv_bits"], &limits["kv_group_size"]),
+        (&json!(8), &json!(64)),
+        "{limits}"
+    );
+    let reason = limits["decoding"]["reason"].as_str().unwrap();
+    assert!(reason.contains("not quantised"), "{limits}");
+    // A head of 64 float32 values: 256 bytes before, 64 and one scale and bias now.
+    let tokens = |limits: &Value| limits["kv_tokens"].as_u64().unwrap();
+    let expected = tokens(&plain) * 256 / 72;
+    assert!(
+        tokens(&limits).abs_diff(expected) <= 32,
+        "{} of {expected}",
+        tokens(&limits)
+    );
+}
+
 /// What cannot fit is refused before the weights are loaded, and the message can be checked by hand.
 #[test]
 fn a_cache_larger_than_the_machine_is_refused_with_the_arithmetic() {
@@ -485,7 +522,7 @@ fn what_cannot_be_loaded_is_named() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
     type Case<'a> = (&'a [&'a str], Box<dyn FnOnce(&Path)>, &'a [&'a str]);
-    let cases: [Case<'_>; 12] = [
+    let cases: [Case<'_>; 13] = [
         (&[], Box::new(remove("config.json")), &["config.json"]),
         (
             &[],
@@ -525,6 +562,19 @@ fn what_cannot_be_loaded_is_named() {
             &["context-length", "999999", "4096"],
         ),
         (
+            &[
+                "--kv-cache-quantization",
+                "--kv-cache-quantization-group-size",
+                "128",
+            ],
+            Box::new(|_: &Path| {}),
+            &[
+                "--kv-cache-quantization-group-size 128",
+                "head size, 64",
+                "32 or 64",
+            ],
+        ),
+        (
             // None on a CPU.
             &["--attention", "kernel"],
             Box::new(|_: &Path| {}),
@@ -548,6 +598,10 @@ fn a_command_line_that_makes_no_sense() {
         (vec!["serve", "m", "--max-num-seq", "3"], "--max-num-seqs"),
         (vec!["serve", "m", "--draft-model", "x"], "--draft-model"),
         (vec!["sevre"], "serve"),
+        (
+            vec!["serve", "m", "--attention", "kernel", "--kv-cache-quantization"],
+            "--attention kernel and --kv-cache-quantization",
+        ),
     ] {
         let output = Command::new(env!("CARGO_BIN_EXE_mlxworker"))
             .args(&arguments)

@@ -124,9 +124,10 @@ impl Settings {
         argv
     }
 
-    /// One line for each knob that was set and does nothing in this version.
+    /// One line for each knob that was set and does nothing, in this version or beside the others.
     #[must_use]
     pub fn warnings(&self) -> Vec<String> {
+        let quantized = self.get("kv-cache-quantization") == Some(&Value::Bool(true));
         self.iter()
             .filter_map(|(knob, value)| {
                 let value = if knob.secret {
@@ -134,6 +135,12 @@ impl Settings {
                 } else {
                     value.to_string()
                 };
+                if OF_KV_QUANTIZATION.contains(&knob.flag) && !quantized {
+                    return Some(format!(
+                        "--{} {value} has no effect without --kv-cache-quantization",
+                        knob.flag
+                    ));
+                }
                 match knob.effect {
                     // A refused one never gets as far as a worker.
                     Effect::Active | Effect::Refused(_) => None,
@@ -177,6 +184,13 @@ impl Settings {
                 knobs.paged_cache_block_size
             )));
         }
+        if knobs.kv_cache_quantization && knobs.attention == "kernel" {
+            return Err(KnobError::Conflict(
+                "--attention kernel and --kv-cache-quantization: the kernels read keys and values as they are, not \
+                 quantised; leave one of the two out"
+                    .to_owned(),
+            ));
+        }
         if !knobs.continuous_batching {
             if self.get("max-num-seqs").is_some() && knobs.max_num_seqs > 1 {
                 return Err(KnobError::Conflict(format!(
@@ -217,6 +231,9 @@ impl Settings {
         Ok(knobs)
     }
 }
+
+/// What they say counts only with the switch itself.
+const OF_KV_QUANTIZATION: [&str; 2] = ["kv-cache-quantization-bits", "kv-cache-quantization-group-size"];
 
 fn default(knob: &Knob) -> Option<Value> {
     match (knob.kind, knob.default) {

@@ -206,21 +206,53 @@ fn errors_name_flag_value_and_range() {
 /// What cannot be had stops the start; asking for what happens anyway does not.
 #[test]
 fn a_knob_that_cannot_be_had_is_refused_and_not_ignored() {
-    for (flag, part) in [
-        ("--kv-cache-quantization", "not implemented"),
-        ("--max-kv-size 4096", "--context-length"),
+    let error = parse_args(&args("m --max-kv-size 4096")).unwrap_err();
+    assert!(matches!(error, KnobError::Refused { .. }), "{error:?}");
+    assert!(
+        error.to_string().contains("is refused") && error.to_string().contains("--context-length"),
+        "{error}"
+    );
+}
+
+#[test]
+fn a_quantised_kv_cache_and_what_belongs_to_it() {
+    let parsed = |line: &str| parse_args(&args(line)).unwrap();
+    let all = parsed(
+        "m --kv-cache-quantization --kv-cache-quantization-bits 4 --kv-cache-quantization-group-size 32 \
+         --attention reference",
+    );
+    assert!(
+        all.knobs.kv_cache_quantization && all.warnings.is_empty(),
+        "{all:?}"
+    );
+    assert!(parsed("m --disable-kv-cache-quantization").warnings.is_empty());
+    // Vllm-mlx's threshold is checked, and means something only when it is moved.
+    assert!(parsed("m --kv-cache-min-quantize-tokens 256").warnings.is_empty());
+    let moved = parsed("m --kv-cache-quantization --kv-cache-min-quantize-tokens 0").warnings;
+    assert!(
+        moved.len() == 1 && moved[0].contains("has no meaning here: the KV of all requests lies in one pool"),
+        "{moved:?}"
+    );
+    // Without the switch its siblings do nothing, and say so.
+    for alone in [
+        "m --kv-cache-quantization-bits 8",
+        "m --kv-cache-quantization-group-size 32 --no-kv-cache-quantization",
     ] {
-        let error = parse_args(&args(&format!("m {flag}"))).unwrap_err();
-        assert!(matches!(error, KnobError::Refused { .. }), "{error:?}");
+        let warnings: Vec<String> = parsed(alone).warnings;
         assert!(
-            error.to_string().contains("is refused") && error.to_string().contains(part),
-            "{error}"
+            warnings.len() == 1 && warnings[0].ends_with("has no effect without --kv-cache-quantization"),
+            "{warnings:?}"
         );
     }
-    let parsed = parse_args(&args("m --disable-kv-cache-quantization")).unwrap();
-    assert!(parsed.warnings.is_empty(), "{:?}", parsed.warnings);
-    let parsed = parse_args(&args("m --kv-cache-quantization-bits 4")).unwrap();
-    assert!(parsed.warnings[0].contains("has no meaning here: KV-cache quantisation"));
+    let refused = |line: &str| parse_args(&args(line)).unwrap_err().to_string();
+    assert!(refused("m --kv-cache-quantization-bits 3").contains("one of 4, 8"));
+    assert!(refused("m --kv-cache-quantization-group-size 48").contains("one of 32, 64, 128"));
+    let kernel = refused("m --attention kernel --kv-cache-quantization");
+    assert!(
+        kernel.contains("--attention kernel and --kv-cache-quantization"),
+        "{kernel}"
+    );
+    assert!(parse_args(&args("m --attention kernel")).is_ok());
 }
 
 #[test]
@@ -253,6 +285,9 @@ fn the_engines_knobs_are_active() {
         "mlx-max-ops-per-buffer",
         "mlx-max-mb-per-buffer",
         "weights",
+        "kv-cache-quantization",
+        "kv-cache-quantization-bits",
+        "kv-cache-quantization-group-size",
     ] {
         assert_eq!(by_flag(flag).unwrap().0.effect, Effect::Active, "--{flag}");
     }

@@ -15,19 +15,48 @@ pub struct KvShape {
     pub value_dim: usize,
     /// Bytes per element: 2 for float16 and bfloat16, 4 for float32.
     pub bytes_per_element: usize,
+    /// `None`: elements are kept as they are.
+    pub quantization: Option<KvQuantization>,
+}
+
+/// K and V kept in fewer bits: neighbouring elements of one head and token share a scale and a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvQuantization {
+    /// Bits of an element.
+    pub bits: u8,
+    /// Elements that share a scale and a bias; divides the width of a head.
+    pub group_size: u8,
+}
+
+impl fmt::Display for KvQuantization {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bits in groups of {}", self.bits, self.group_size)
+    }
 }
 
 impl KvShape {
-    /// `layers × kv_heads × (key_dim + value_dim) × bytes_per_element`.
+    /// `layers × kv_heads × (key_dim + value_dim) × bytes_per_element`; quantised, an element takes its bits and its share of a
+    /// scale and a bias, which take `bytes_per_element` each.
     pub fn bytes_per_token(&self) -> u64 {
-        [
-            self.layers,
-            self.kv_heads,
-            self.key_dim.saturating_add(self.value_dim),
-            self.bytes_per_element,
-        ]
-        .into_iter()
-        .fold(1, |product, factor| product.saturating_mul(factor as u64))
+        let head = self
+            .head_bytes(self.key_dim)
+            .saturating_add(self.head_bytes(self.value_dim));
+        [self.layers as u64, self.kv_heads as u64, head]
+            .into_iter()
+            .fold(1, u64::saturating_mul)
+    }
+
+    /// Bytes of the K or V of one head and token.
+    fn head_bytes(&self, dim: usize) -> u64 {
+        let (dim, element) = (dim as u64, self.bytes_per_element as u64);
+        match self.quantization {
+            None => dim.saturating_mul(element),
+            Some(KvQuantization { bits, group_size }) => {
+                let packed = dim.saturating_mul(u64::from(bits)).div_ceil(8);
+                let groups = dim.div_ceil(u64::from(group_size).max(1));
+                packed.saturating_add(groups.saturating_mul(element).saturating_mul(2))
+            }
+        }
     }
 }
 
@@ -176,8 +205,17 @@ mod tests {
             key_dim: 128,
             value_dim: 128,
             bytes_per_element: 2,
+            quantization: None,
         };
         assert_eq!(shape.bytes_per_token(), 114_688);
+        // A head's 128 elements and two scales and biases: 136 bytes instead of 256; with 4 bits, 72.
+        let quantized = |bits, group_size| KvShape {
+            quantization: Some(KvQuantization { bits, group_size }),
+            ..shape
+        };
+        assert_eq!(quantized(8, 64).bytes_per_token(), 28 * 8 * 2 * 136);
+        assert_eq!(quantized(4, 64).bytes_per_token(), 28 * 8 * 2 * 72);
+        assert_eq!(quantized(8, 32).bytes_per_token(), 28 * 8 * 2 * 144);
         let config = CacheConfig::for_pool(8 << 30, shape.bytes_per_token(), 32);
         assert_eq!(config.block_bytes(), 3_670_016);
         assert_eq!(config.total_blocks, 2340);

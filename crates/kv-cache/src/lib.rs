@@ -20,7 +20,7 @@
 //! ```
 //! use kv_cache::{Admission, CacheConfig, KvCache, KvShape, Request, SeqId};
 //!
-//! let shape = KvShape { layers: 28, kv_heads: 8, key_dim: 128, value_dim: 128, bytes_per_element: 2 };
+//! let shape = KvShape { layers: 28, kv_heads: 8, key_dim: 128, value_dim: 128, bytes_per_element: 2, quantization: None };
 //! let mut cache: KvCache<()> = KvCache::new(CacheConfig::for_pool(1 << 30, shape.bytes_per_token(), 16))?;
 //!
 //! // A request comes to the head of the queue.
@@ -97,7 +97,7 @@ mod usage;
 
 pub use cache::KvCache;
 pub use compact::copy_runs;
-pub use config::{CacheConfig, ConfigError, GENERATION_SHARE, KvShape, Reuse};
+pub use config::{CacheConfig, ConfigError, GENERATION_SHARE, KvQuantization, KvShape, Reuse};
 pub use lookup::Divergence;
 pub use placement::runs;
 pub use types::{

@@ -9,6 +9,7 @@
 
 use std::fmt;
 
+use kv_cache::KvQuantization;
 use serde_json::{Map, Value, json};
 
 /// Largest KV cache that nobody asked for.
@@ -78,8 +79,10 @@ pub struct MemoryFacts {
     /// Weights as they lie in memory: the files' sizes, mapped or not (on unified memory a mapped page that is in use
     /// is as real as any other), or more after dequantising.
     pub weight_bytes: u64,
-    /// Keys and values of one token, all layers together.
+    /// Keys and values of one token, all layers together, as they are kept.
     pub kv_bytes_per_token: u64,
+    /// How they are kept in fewer bits, if they are.
+    pub kv_quantization: Option<KvQuantization>,
     /// Estimate of what the largest step needs beside all that; see [`StepShape::estimate`].
     pub step_bytes: u64,
     /// Prompt plus reply, at most, in tokens.
@@ -127,6 +130,8 @@ pub struct StepShape {
     pub element_bytes: usize,
     /// Attention is one operation that never writes its scores to memory (Metal and CUDA).
     pub fused_attention: bool,
+    /// Elements of the keys, and as many of the values, that one layer expands for a step from a quantised KV cache.
+    pub expanded: u64,
 }
 
 impl StepShape {
@@ -151,9 +156,11 @@ impl StepShape {
             self.pairs
                 .saturating_mul(product(&[self.heads, self.element_bytes, 2]))
         };
+        // Keys and values, and as much again for what they are made of.
+        let expanded = self.expanded.saturating_mul(product(&[self.element_bytes, 4]));
         // Logits in single precision, with bias and penalties, sorted for top-p, and as probabilities.
         let logits = product(&[self.rows.max(1), self.vocabulary, size_of::<f32>(), 4]);
-        layer.saturating_add(scores).max(logits)
+        layer.saturating_add(scores).saturating_add(expanded).max(logits)
     }
 }
 
@@ -314,6 +321,8 @@ impl MemoryPlan {
             "kv_block_size": self.wishes.block_size,
             "kv_tokens": self.kv_tokens(),
             "kv_bytes_per_token": self.facts.kv_bytes_per_token,
+            "kv_bits": self.facts.kv_quantization.map(|how| how.bits),
+            "kv_group_size": self.facts.kv_quantization.map(|how| how.group_size),
             "step_bytes": self.step_bytes,
             "step_bytes_from": self.step_figure.word(),
             "buffer_cache_bytes": self.buffer_cache_bytes,
@@ -329,12 +338,15 @@ impl MemoryPlan {
     fn parts(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "weights {} + KV cache {} ({} blocks of {} tokens) + largest step {} ({}) + kept buffers {} + head-room {} = \
+            "weights {} + KV cache {} ({} blocks of {} tokens{}) + largest step {} ({}) + kept buffers {} + head-room {} = \
              {} MiB",
             up(self.weight_bytes),
             up(self.kv_bytes),
             self.kv_blocks,
             self.wishes.block_size,
+            self.facts
+                .kv_quantization
+                .map_or_else(String::new, |how| format!(", {how}")),
             up(self.step_bytes),
             self.step_figure.word(),
             up(self.buffer_cache_bytes),

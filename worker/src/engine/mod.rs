@@ -31,6 +31,7 @@ use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use kv_cache::KvQuantization;
 use parking_lot::Mutex;
 use serde_json::json;
 use tokio::sync::{oneshot, watch};
@@ -101,6 +102,8 @@ pub struct EngineConfig {
     pub max_blocks: Option<usize>,
     /// Tokens in a block of the KV cache, a power of two.
     pub block_size: usize,
+    /// Keep keys and values in fewer bits; `None`: as the model makes them.
+    pub kv_quantization: Option<KvQuantization>,
     /// Tokens of a reply for which a request has to find room before it leaves the queue; past them it lives on what is
     /// left, and may be preempted.
     pub generation_share: usize,
@@ -131,6 +134,7 @@ impl EngineConfig {
             kv_bytes: Some(64 << 20),
             max_blocks: None,
             block_size: 32,
+            kv_quantization: None,
             generation_share: kv_cache::GENERATION_SHARE,
             prefix_cache: true,
             memory_utilization: 0.5,
@@ -161,6 +165,17 @@ pub enum StartError {
     /// It does not fit into the memory that the worker may use.
     #[error(transparent)]
     Memory(#[from] DoesNotFit),
+    /// Keys and values cannot be quantised in groups that do not divide a head.
+    #[error(
+        "--kv-cache-quantization-group-size {group_size}: it does not divide the model's head size, {head_size}{}",
+        groups(*.head_size)
+    )]
+    KvGroupSize {
+        /// What was asked for.
+        group_size: u8,
+        /// Elements of a head's key or value.
+        head_size: i32,
+    },
     /// The attention that was insisted on is not to be had.
     #[error("--attention kernel: {0}")]
     Attention(String),
@@ -170,6 +185,19 @@ pub enum StartError {
     /// The thread could not be started, or ended without a word.
     #[error("engine thread: {0}")]
     Thread(String),
+}
+
+/// What to ask for instead.
+fn groups(head_size: i32) -> String {
+    let fit: Vec<String> = [32, 64, 128]
+        .into_iter()
+        .filter(|group| head_size % group == 0)
+        .map(|group: i32| group.to_string())
+        .collect();
+    match fit.as_slice() {
+        [] => "; no group size does, so this model's KV cache cannot be quantised".to_owned(),
+        fit => format!("; there is {}", fit.join(" or ")),
+    }
 }
 
 /// Handle of a running engine.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kv_cache::{BlockId, CacheConfig, SeqId};
+use kv_cache::{BlockId, CacheConfig, KvQuantization, SeqId};
 use mlx_rs::error::Exception;
 use scheduler::Scheduler;
 
@@ -50,6 +50,14 @@ pub(super) fn start(
         Some(asked) => asked,
         None => known,
     };
+    if let Some(KvQuantization { group_size, .. }) = config.kv_quantization
+        && model_config.head_dim % i32::from(group_size) != 0
+    {
+        return Err(StartError::KvGroupSize {
+            group_size,
+            head_size: model_config.head_dim,
+        });
+    }
     let weights = weights(&config, &model_config, &device)?;
     // Before anything is loaded: what cannot fit is refused in a moment, not after minutes.
     let wishes = MemoryWishes {
@@ -61,11 +69,12 @@ pub(super) fn start(
         buffer_cache_bytes: config.buffer_cache_bytes as u64,
     };
     let shape = step_shape(&config, &model_config, &device, context_length);
-    let kv_shape = crate::model::kv_shape(&model_config, weights.element_bytes);
+    let kv_shape = crate::model::kv_shape(&model_config, weights.element_bytes, config.kv_quantization);
     let facts = MemoryFacts {
         device,
         weight_bytes: weights.bytes,
         kv_bytes_per_token: kv_shape.bytes_per_token(),
+        kv_quantization: config.kv_quantization,
         step_bytes: shape.estimate(),
         context_length,
     };
@@ -91,8 +100,14 @@ pub(super) fn start(
     };
     let storage = model.storage();
     let kernel_rows = (config.attention != AttentionChoice::Reference).then_some(config.max_running);
-    let (mut stepper, kernels) =
-        Stepper::new(model, positions, config.block_size, kernel_rows).map_err(warm_up_error)?;
+    let (mut stepper, kernels) = Stepper::new(
+        model,
+        positions,
+        config.block_size,
+        config.kv_quantization,
+        kernel_rows,
+    )
+    .map_err(warm_up_error)?;
     if config.attention == AttentionChoice::Kernel && kernels.path != "kernels" {
         return Err(StartError::Attention(kernels.reason));
     }
@@ -239,6 +254,10 @@ fn step_shape(
         vocabulary: size(model.vocab),
         element_bytes: 4,
         fused_attention: device.kind != DeviceKind::Cpu,
+        expanded: match config.kv_quantization {
+            Some(_) => (context_length * size(model.kv_heads) * size(model.head_dim)) as u64,
+            None => 0,
+        },
     }
 }
 

@@ -3,7 +3,7 @@
 //! The device is never waited for between a step and the next: step n+1 is built from step n's tokens while these are
 //! still on the device, and only then step n is read.
 
-use kv_cache::{BlockId, CopyBlock, SeqId, SlotRun, copy_runs};
+use kv_cache::{BlockId, CopyBlock, KvQuantization, SeqId, SlotRun, copy_runs};
 use mlx_ext::ops::slice;
 use mlx_rs::error::{Exception, Result};
 use mlx_rs::transforms::{async_eval, eval};
@@ -119,9 +119,10 @@ impl Stepper {
         mut model: Model,
         positions: i32,
         block_size: usize,
+        kv_quantization: Option<KvQuantization>,
         kernel_rows: Option<usize>,
     ) -> Result<(Self, KernelReport)> {
-        let kv = model.new_kv(positions)?;
+        let kv = model.new_kv(positions, kv_quantization)?;
         let report = match kernel_rows {
             Some(rows) => model.choose_kernels(&kv, int(block_size)?, rows),
             None => KernelReport::reference("no kernels asked for"),

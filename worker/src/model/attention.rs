@@ -9,8 +9,9 @@ use mlx_rs::{Array, ops};
 use super::LoadError;
 use super::config::{ModelConfig, Rope};
 use super::kernels::AttentionWeights;
-use super::kv::{Chunk, LayerSlabs, Rows, Span, read};
+use super::kv::{Chunk, LayerSlabs, Rows, Span};
 use super::layers::{Linear, RmsNorm};
+use super::store::Written;
 use super::weights::Weights;
 
 #[derive(Debug)]
@@ -100,11 +101,12 @@ impl Attention {
         let queries = rotate(queries.swap_axes(1, 2)?)?;
         let keys = rotate(keys.swap_axes(1, 2)?)?;
 
-        let key_slab = chunk.write(&slabs.keys, &keys)?;
-        let value_slab = chunk.write(&slabs.values, &values)?;
-        let keys = read(&key_slab, chunk.reads)?;
-        let values = read(&value_slab, chunk.reads)?;
-        written.extend([key_slab, value_slab]);
+        let stored_keys = chunk.write(&slabs.keys, &keys)?;
+        let stored_values = chunk.write(&slabs.values, &values)?;
+        let keys = stored_keys.read(chunk.reads)?;
+        let values = stored_values.read(chunk.reads)?;
+        written.extend(stored_keys.into_parts());
+        written.extend(stored_values.into_parts());
         // A single query sees every key; several see those up to their own position.
         let mask: Option<ScaledDotProductAttentionMask<'_>> = if length > 1 {
             ScaledDotProductAttentionMask::Causal.into_option()
@@ -136,34 +138,28 @@ impl Attention {
         let values = split(self.value.apply(x)?, self.kv_heads)?;
         let (queries, keys) = (rotate(queries)?, rotate(keys)?);
 
-        let key_slab = rows.write(&slabs.keys, &keys)?;
-        let value_slab = rows.write(&slabs.values, &values)?;
-        let mixed = self.attend(&queries, &key_slab, &value_slab, rows)?;
+        let keys = rows.write(&slabs.keys, &keys)?;
+        let values = rows.write(&slabs.values, &values)?;
+        let mixed = self.attend(&queries, &keys, &values, rows)?;
         let joined = mixed.reshape(&[1, count, self.heads * self.head_dim])?;
         self.output.apply(&joined)
     }
 
     /// Attention of one query a row: `[rows, heads, 1, head_dim]`, and so the result.
-    fn attend(&self, queries: &Array, keys: &Array, values: &Array, rows: &Rows) -> Result<Array> {
-        let count = rows.count();
+    fn attend(&self, queries: &Array, keys: &Written, values: &Written, rows: &Rows) -> Result<Array> {
         if let Some(padded) = rows.padded() {
-            let gather = |slab: &Array| {
-                let rows = slab.take_axis(&padded.index, 1)?;
-                rows.reshape(&[self.kv_heads, count, padded.longest, self.head_dim])?
-                    .swap_axes(0, 1)
-            };
             let mask = ScaledDotProductAttentionMask::Array(&padded.mask);
             return fast::scaled_dot_product_attention(
                 queries,
-                &gather(keys)?,
-                &gather(values)?,
+                &keys.read_rows(padded)?,
+                &values.read_rows(padded)?,
                 self.scale,
                 mask,
                 None,
             );
         }
         let one = |queries: &Array, spans: &[Span]| {
-            let (keys, values) = (read(keys, spans)?, read(values, spans)?);
+            let (keys, values) = (keys.read(spans)?, values.read(spans)?);
             let mask: Option<ScaledDotProductAttentionMask<'_>> = None;
             fast::scaled_dot_product_attention(queries, &keys, &values, self.scale, mask, None)
         };

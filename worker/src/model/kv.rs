@@ -1,13 +1,16 @@
-//! Keys and values of all sequences, in one slab per layer, and how a forward pass finds its way in them.
+//! Keys and values of all sequences, one store for each in every layer, and how a forward pass finds its way in them.
 //!
-//! A slab is `[kv_heads, positions, head_dim]`; a block of the cache is a run of its positions, and consecutive blocks
-//! are consecutive positions. What is decided in blocks elsewhere (`crates/kv-cache`) arrives here as [`Span`]s.
+//! A store is `[kv_heads, positions, head_dim]` to whoever writes and reads; a block of the cache is a run of its positions,
+//! and consecutive blocks are consecutive positions. What is decided in blocks elsewhere (`crates/kv-cache`) arrives here
+//! as [`Span`]s. How a store lies in memory is its own affair (`store.rs`).
 
-use mlx_ext::Slab;
+use kv_cache::KvQuantization;
 use mlx_ext::ops::{slice, slice_update};
 use mlx_rs::error::{Exception, Result};
 use mlx_rs::transforms::async_eval;
-use mlx_rs::{Array, Dtype, ops};
+use mlx_rs::{Array, Dtype};
+
+use super::store::{Store, Written};
 
 /// Consecutive positions of a slab.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,11 +34,9 @@ pub struct Move {
 
 /// Keys and values of one layer.
 #[derive(Debug)]
-pub struct LayerSlabs {
-    /// `[kv_heads, positions, head_dim]`.
-    pub keys: Slab,
-    /// As `keys`.
-    pub values: Slab,
+pub(super) struct LayerSlabs {
+    pub(super) keys: Store,
+    pub(super) values: Store,
 }
 
 /// Keys and values of all layers.
@@ -47,20 +48,20 @@ pub struct KvSlabs {
 }
 
 impl KvSlabs {
+    /// `shape`: `[kv_heads, positions, head_dim]`.
     pub(super) fn new(
         layers: usize,
-        kv_heads: i32,
-        head_dim: i32,
-        positions: i32,
+        shape: [i32; 3],
         dtype: Dtype,
+        quantization: Option<KvQuantization>,
     ) -> Result<Self> {
-        let shape = [kv_heads, positions, head_dim];
         let layer = |_| {
             Ok(LayerSlabs {
-                keys: Slab::new(&shape, dtype)?,
-                values: Slab::new(&shape, dtype)?,
+                keys: Store::new(shape, dtype, quantization)?,
+                values: Store::new(shape, dtype, quantization)?,
             })
         };
+        let [_, positions, _] = shape;
         Ok(Self {
             layers: (0..layers).map(layer).collect::<Result<_>>()?,
             positions,
@@ -74,7 +75,7 @@ impl KvSlabs {
         self.positions
     }
 
-    /// Type of keys and values.
+    /// Type of keys and values as attention sees them.
     #[must_use]
     pub fn dtype(&self) -> Dtype {
         self.dtype
@@ -90,9 +91,16 @@ impl KvSlabs {
     }
 
     /// One entry a layer.
-    #[must_use]
-    pub fn layers(&self) -> &[LayerSlabs] {
+    pub(super) fn layers(&self) -> &[LayerSlabs] {
         &self.layers
+    }
+
+    /// The slabs of every layer's keys and values, `[kv_heads, positions, head_dim]`, where these lie in them as they are.
+    pub(super) fn plain(&self) -> Option<Vec<[&Array; 2]>> {
+        self.layers
+            .iter()
+            .map(|layer| Some([layer.keys.plain()?, layer.values.plain()?]))
+            .collect()
     }
 
     /// Copies positions, in the order given; whatever is issued later sees them copied.
@@ -102,8 +110,9 @@ impl KvSlabs {
     /// MLX's own.
     pub fn copy(&self, moves: &[Move]) -> Result<()> {
         for &Move { from, to, length } in moves {
-            let mut written = Vec::with_capacity(2 * self.layers.len());
-            for slab in self.layers.iter().flat_map(|layer| [&layer.keys, &layer.values]) {
+            let mut written = Vec::new();
+            let stores = self.layers.iter().flat_map(|layer| [&layer.keys, &layer.values]);
+            for slab in stores.flat_map(Store::slabs) {
                 let array = slab.array();
                 let (heads, width) = (array.dim(0), array.dim(2));
                 // Memory of its own: what is read and what is written may not be one buffer to MLX.
@@ -220,15 +229,17 @@ impl Rows {
         self.padded.as_ref()
     }
 
-    /// Writes `[rows, kv_heads, 1, head_dim]`, one position for each row. Returns the slab as it is then.
-    pub(super) fn write(&self, slab: &Slab, update: &Array) -> Result<Array> {
-        if self.count() > 1 {
-            return slab.write_rows(&self.slots, update, 1);
-        }
-        let (heads, width) = (slab.array().dim(0), slab.array().dim(2));
-        let update = update.reshape(&[heads, 1, width])?;
-        let at = self.first_slot;
-        slab.write(&update, &[0, at, 0], &[heads, at + 1, width])
+    /// Writes `[rows, kv_heads, 1, head_dim]`, one position for each row.
+    pub(super) fn write(&self, store: &Store, update: &Array) -> Result<Written> {
+        store.write(update, |slab, update| {
+            if self.count() > 1 {
+                return slab.write_rows(&self.slots, update, 1);
+            }
+            let (heads, width) = (slab.array().dim(0), slab.array().dim(2));
+            let update = update.reshape(&[heads, 1, width])?;
+            let at = self.first_slot;
+            slab.write(&update, &[0, at, 0], &[heads, at + 1, width])
+        })
     }
 }
 
@@ -265,39 +276,27 @@ impl Padded {
 }
 
 impl Chunk<'_> {
-    /// Writes `[1, kv_heads, length, head_dim]`. Returns the slab as it is then.
-    pub(super) fn write(&self, slab: &Slab, update: &Array) -> Result<Array> {
-        let (heads, width) = (slab.array().dim(0), slab.array().dim(2));
-        let update = update.squeeze_axes(&[0])?;
-        let mut written: Option<Array> = None;
-        let mut done = 0;
-        for &Span { start, length } in self.writes {
-            let part = if length == update.dim(1) {
-                update.clone()
-            } else {
-                slice(&update, &[0, done, 0], &[heads, done + length, width])?
-            };
-            let (start, stop) = ([0, start, 0], [heads, start + length, width]);
-            written = Some(match written.take() {
-                None => slab.write(&part, &start, &stop)?,
-                Some(array) => slice_update(&array, &part, &start, &stop)?,
-            });
-            done += length;
-        }
-        written.ok_or_else(|| Exception::custom("a chunk without a place for its keys and values"))
+    /// Writes `[1, kv_heads, length, head_dim]`.
+    pub(super) fn write(&self, store: &Store, update: &Array) -> Result<Written> {
+        store.write(update, |slab, update| {
+            let (heads, width) = (slab.array().dim(0), slab.array().dim(2));
+            let update = update.squeeze_axes(&[0])?;
+            let mut written: Option<Array> = None;
+            let mut done = 0;
+            for &Span { start, length } in self.writes {
+                let part = if length == update.dim(1) {
+                    update.clone()
+                } else {
+                    slice(&update, &[0, done, 0], &[heads, done + length, width])?
+                };
+                let (start, stop) = ([0, start, 0], [heads, start + length, width]);
+                written = Some(match written.take() {
+                    None => slab.write(&part, &start, &stop)?,
+                    Some(array) => slice_update(&array, &part, &start, &stop)?,
+                });
+                done += length;
+            }
+            written.ok_or_else(|| Exception::custom("a chunk without a place for its keys and values"))
+        })
     }
-}
-
-/// The positions `spans` of a slab, in order: `[1, kv_heads, length, head_dim]`. One span is a view; several are copied.
-pub(super) fn read(slab: &Array, spans: &[Span]) -> Result<Array> {
-    let (heads, width) = (slab.dim(0), slab.dim(2));
-    let part = |&Span { start, length }: &Span| slice(slab, &[0, start, 0], &[heads, start + length, width]);
-    let all = match spans {
-        [one] => part(one)?,
-        several => {
-            let parts = several.iter().map(part).collect::<Result<Vec<_>>>()?;
-            ops::concatenate(&parts, 1)?
-        }
-    };
-    all.expand_dims(0)
 }

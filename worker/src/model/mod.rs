@@ -10,6 +10,7 @@
 //! | `qwen3`     | Qwen3 and Qwen3-MoE                                                            |
 //! | `kernels`   | kernels of our own for decoding                                                |
 //! | `kv`        | keys and values of all sequences                                               |
+//! | `store`     | keys or values of one layer in memory, as they are or quantised                |
 //!
 //! Everything here belongs to the engine's thread: arrays are built and evaluated nowhere else.
 
@@ -20,10 +21,12 @@ pub mod kv;
 mod layers;
 mod moe;
 mod qwen3;
+mod store;
 pub mod weights;
 
 use std::path::{Path, PathBuf};
 
+use kv_cache::{KvQuantization, KvShape};
 use mlx_rs::Array;
 use thiserror::Error;
 
@@ -79,14 +82,15 @@ pub struct LoadProgress {
 
 /// Shape of the keys and values of a model whose activations take so many bytes an element.
 #[must_use]
-pub fn kv_shape(config: &ModelConfig, element_bytes: usize) -> kv_cache::KvShape {
+pub fn kv_shape(config: &ModelConfig, element_bytes: usize, quantization: Option<KvQuantization>) -> KvShape {
     let size = |number: i32| usize::try_from(number).unwrap_or_default();
-    kv_cache::KvShape {
+    KvShape {
         layers: config.layers,
         kv_heads: size(config.kv_heads),
         key_dim: size(config.head_dim),
         value_dim: size(config.head_dim),
         bytes_per_element: element_bytes,
+        quantization,
     }
 }
 
@@ -153,19 +157,24 @@ impl Model {
         self.storage
     }
 
-    /// Room for the keys and values of `positions` tokens.
+    /// Room for the keys and values of `positions` tokens. A quantisation's group size has to divide the width of a head.
     ///
     /// # Errors
     ///
     /// MLX's own, such as no memory.
-    pub fn new_kv(&self, positions: i32) -> mlx_rs::error::Result<KvSlabs> {
+    pub fn new_kv(
+        &self,
+        positions: i32,
+        quantization: Option<KvQuantization>,
+    ) -> mlx_rs::error::Result<KvSlabs> {
         let ModelConfig {
             layers,
             kv_heads,
             head_dim,
             ..
         } = self.config;
-        KvSlabs::new(layers, kv_heads, head_dim, positions, self.decoder.dtype())
+        let shape = [kv_heads, positions, head_dim];
+        KvSlabs::new(layers, shape, self.decoder.dtype(), quantization)
     }
 
     /// Runs the decoder over a chunk of one sequence's prompt, `tokens`: `[1, length]`, integers. Returns hidden states

@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 use chat_format::{ChatTemplate, TemplateError, ToolFormat};
 use knobs::{Knobs, ParsedArgs, fallback};
+use kv_cache::KvQuantization;
 
 use crate::backend::{Backend, SamplingParams};
 use crate::engine::{AttentionChoice, Dequantize, EngineConfig};
@@ -117,11 +118,27 @@ pub fn engine(knobs: &Knobs, model: PathBuf) -> Result<EngineConfig> {
         kv_bytes,
         max_blocks: knobs.max_cache_blocks.map(size).transpose()?,
         block_size: size(knobs.paged_cache_block_size)?,
+        kv_quantization: kv_quantization(knobs)?,
         generation_share: kv_cache::GENERATION_SHARE,
         prefix_cache: knobs.enable_prefix_cache,
         memory_utilization: knobs.gpu_memory_utilization,
         buffer_cache_bytes: size(knobs.mlx_cache_limit_mb.saturating_mul(MEBIBYTE))?,
     })
+}
+
+fn kv_quantization(knobs: &Knobs) -> Result<Option<KvQuantization>> {
+    if !knobs.kv_cache_quantization {
+        return Ok(None);
+    }
+    let number = |flag: &str, value: &str| {
+        value
+            .parse::<u8>()
+            .with_context(|| format!("--kv-cache-quantization-{flag} {value}"))
+    };
+    Ok(Some(KvQuantization {
+        bits: number("bits", &knobs.kv_cache_quantization_bits)?,
+        group_size: number("group-size", &knobs.kv_cache_quantization_group_size)?,
+    }))
 }
 
 const MEBIBYTE: u64 = 1 << 20;
@@ -250,7 +267,8 @@ mod tests {
         let line = "m --weights read --cpu-dequantize off --attention reference --context-length 1000 --max-num-seqs 3 \
                     --max-waiting 5 --max-wait-seconds 7 --chunked-prefill-tokens 128 --step-budget 100000 \
                     --watchdog-seconds 9 --cache-memory-mb 100 --max-cache-blocks 11 --block-size 64 \
-                    --disable-prefix-cache --gpu-memory-utilization 0.25 --mlx-cache-limit-mb 3";
+                    --disable-prefix-cache --gpu-memory-utilization 0.25 --mlx-cache-limit-mb 3 \
+                    --kv-cache-quantization --kv-cache-quantization-bits 4 --kv-cache-quantization-group-size 128";
         let engine = |line: &str| {
             let args: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
             engine(&knobs::parse_args(&args).unwrap().knobs, PathBuf::from("folder")).unwrap()
@@ -271,6 +289,10 @@ mod tests {
             kv_bytes: Some(100 << 20),
             max_blocks: Some(11),
             block_size: 64,
+            kv_quantization: Some(KvQuantization {
+                bits: 4,
+                group_size: 128,
+            }),
             generation_share: kv_cache::GENERATION_SHARE,
             prefix_cache: false,
             memory_utilization: 0.25,
@@ -278,6 +300,13 @@ mod tests {
         };
         assert_eq!(engine(line), expected);
         assert_eq!(engine("m --no-continuous-batching").max_running, 1);
+        let kept = |line: &str| engine(line).kv_quantization;
+        assert_eq!(kept("m --kv-cache-quantization-bits 4"), None);
+        let (bits, group_size) = (8, 64);
+        assert_eq!(
+            kept("m --kv-cache-quantization"),
+            Some(KvQuantization { bits, group_size })
+        );
         assert!(!engine("m --disable-paged-cache").prefix_cache);
         let half = engine("m --cache-memory-percent 0.5").kv_bytes.unwrap();
         let total = hostmem::host().unwrap().total_bytes;

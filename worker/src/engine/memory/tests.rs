@@ -16,6 +16,7 @@ fn large_mac() -> MemoryFacts {
         },
         weight_bytes: 17 * GIB,
         kv_bytes_per_token: 96 << 10,
+        kv_quantization: None,
         step_bytes: GIB,
         context_length: 40_960,
     }
@@ -151,6 +152,33 @@ fn a_measured_step_takes_the_estimates_place() {
 }
 
 #[test]
+fn a_quantised_cache_says_so() {
+    let plain = MemoryPlan::new(&large_mac(), &wishes()).unwrap();
+    assert!(plain.to_string().contains(" blocks of 32 tokens) + "), "{plain}");
+    assert!(plain.limits()["kv_bits"].is_null() && plain.limits()["kv_group_size"].is_null());
+    // Qwen3-30B-A3B's 48 layers with 4 heads of 128: 136 bytes for 256.
+    let (bits, group_size) = (8, 64);
+    let facts = MemoryFacts {
+        kv_bytes_per_token: 48 * 4 * 2 * 136,
+        kv_quantization: Some(KvQuantization { bits, group_size }),
+        ..large_mac()
+    };
+    let plan = MemoryPlan::new(&facts, &wishes()).unwrap();
+    assert_eq!((plain.kv_blocks, plan.kv_blocks), (2730, 5140));
+    let line = plan.to_string();
+    assert!(
+        line.contains("blocks of 32 tokens, 8 bits in groups of 64) + "),
+        "{line}"
+    );
+    let limits = plan.limits();
+    assert_eq!(
+        (&limits["kv_bits"], &limits["kv_group_size"]),
+        (&json!(8), &json!(64))
+    );
+    assert_eq!(limits["kv_bytes_per_token"], 48 * 4 * 2 * 136);
+}
+
+#[test]
 fn a_cache_without_a_block_is_refused() {
     let kv = MemoryWishes {
         kv_bytes: Some(32 * (96 << 10) - 1),
@@ -182,6 +210,7 @@ fn the_estimate_knows_what_dominates() {
         vocabulary: 151_936,
         element_bytes: 2,
         fused_attention: true,
+        expanded: 0,
     };
     let layer = 512 * 2 * (2048 * 4 + 8 * 768 * 3 + 32 * 128 * 4);
     assert_eq!(shape.estimate(), layer);
@@ -193,6 +222,15 @@ fn the_estimate_knows_what_dominates() {
         }
         .estimate(),
         layer + scores
+    );
+    // Keys and values of the whole context, in numbers.
+    assert_eq!(
+        StepShape {
+            expanded: 32_768 * 4 * 128,
+            ..shape
+        }
+        .estimate(),
+        layer + 32_768 * 4 * 128 * 2 * 4
     );
     let decode = StepShape {
         tokens: 1,
@@ -218,6 +256,7 @@ fn any_facts() -> impl Strategy<Value = MemoryFacts> {
                     },
                     weight_bytes,
                     kv_bytes_per_token: kv,
+                    kv_quantization: None,
                     step_bytes,
                     context_length,
                 }

@@ -12,7 +12,7 @@ use super::attend::MOST_ROWS;
 use super::decode::KernelDecoder;
 use super::{Made, Unfit, unfit};
 use crate::model::Model;
-use crate::model::kv::{Chunk, KvSlabs, LayerSlabs, Row, Rows, Span};
+use crate::model::kv::{Chunk, KvSlabs, Row, Rows, Span};
 
 /// Steps that are timed, after one that is not.
 const STEPS: usize = 4;
@@ -80,6 +80,9 @@ pub(in crate::model) fn choose(
 }
 
 fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<KernelDecoder>, KernelReport)> {
+    let slabs = kv
+        .plain()
+        .ok_or_else(|| unfit("the kernels read keys and values as they are, not quantised"))?;
     if mlx_ext::Language::of_device()?.is_none() {
         return Err(unfit("no kernels for the CPU"));
     }
@@ -89,7 +92,7 @@ fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<Ke
     let weights = model
         .kernel_weights()
         .ok_or_else(|| unfit("no kernels for this architecture"))?;
-    let kernels = KernelDecoder::new(model.config(), weights, kv, block)?;
+    let kernels = KernelDecoder::new(model.config(), weights, &slabs, block)?;
     let prompts = prompts(kv.positions(), block, rows);
     if prompts.is_empty() {
         return Err(unfit("the cache is too small for the test"));
@@ -115,14 +118,14 @@ fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<Ke
         // Each evaluated before the next: the kernels write to the cache unseen by MLX.
         let expected = reference(model, kv, &tokens, &step)?.as_type::<f32>()?;
         expected.eval()?;
-        let expected_kv = written(kv, prompts)?;
+        let expected_kv = written(&slabs, prompts)?;
         // Something else in its place, so that it is noticed when the kernels leave it there.
         reference(model, kv, &some(&others)?, &step)?.eval()?;
         let found = kernels
             .scores(&tokens, step.positions(), &step.tables())?
             .as_type::<f32>()?;
         error = error.max(difference(&found, &expected)?);
-        error = error.max(difference(&written(kv, prompts)?, &expected_kv)?);
+        error = error.max(difference(&written(&slabs, prompts)?, &expected_kv)?);
         tracing::debug!(rows = count, error, "kernels: compared");
     }
     let most = if kv.dtype() == Dtype::Float32 { 1e-3 } else { 0.1 };
@@ -245,17 +248,17 @@ fn step(prompts: &[Prompt], done: i32) -> Rows {
 }
 
 /// Keys and values that stand where the step after no others writes: two rows for each prompt, all layers side by side.
-fn written(kv: &KvSlabs, prompts: &[Prompt]) -> Result<Array> {
+fn written(slabs: &[[&Array; 2]], prompts: &[Prompt]) -> Result<Array> {
     let mut rows = Vec::with_capacity(2 * prompts.len());
     for prompt in prompts {
         let at = spans(prompt, prompt.length, prompt.length + 1)
             .first()
             .map_or(0, |span| span.start);
         for side in [
-            |layer: &LayerSlabs| layer.keys.array().clone(),
-            |layer: &LayerSlabs| layer.values.array().clone(),
+            |[keys, _]: [&Array; 2]| keys.clone(),
+            |[_, values]: [&Array; 2]| values.clone(),
         ] {
-            let parts = kv.layers().iter().map(|layer| {
+            let parts = slabs.iter().map(|&layer| {
                 let slab = side(layer);
                 let (heads, width) = (slab.dim(0), slab.dim(2));
                 mlx_ext::ops::slice(&slab, &[0, at, 0], &[heads, at + 1, width])?.reshape(&[1, -1])

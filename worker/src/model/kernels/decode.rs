@@ -10,7 +10,6 @@ use super::attend::{Attend, Places};
 use super::project::{Project, Role, arrays};
 use super::{Made, unfit};
 use crate::model::config::ModelConfig;
-use crate::model::kv::KvSlabs;
 use crate::model::layers::Matrix;
 
 /// A decoder's weights.
@@ -73,11 +72,11 @@ impl fmt::Debug for KernelDecoder {
 }
 
 impl KernelDecoder {
-    /// For these weights and these slabs; `block`: positions of a block of the cache.
+    /// For these weights and the keys and values of every layer in these slabs; `block`: positions of a block of the cache.
     pub(in crate::model) fn new(
         config: &ModelConfig,
         weights: Weights,
-        slabs: &KvSlabs,
+        slabs: &[[&Array; 2]],
         block: i32,
     ) -> Made<Self> {
         let network = Network::new(config, weights, slabs, block)?;
@@ -130,7 +129,7 @@ enum FeedKernels {
 }
 
 impl Network {
-    fn new(config: &ModelConfig, weights: Weights, slabs: &KvSlabs, block: i32) -> Made<Self> {
+    fn new(config: &ModelConfig, weights: Weights, slabs: &[[&Array; 2]], block: i32) -> Made<Self> {
         let dtype = weights.embedding.dtype();
         let eps = config.norm_eps;
         let (mut joined, mut output, mut feeds) = (Kept::default(), Kept::default(), Kept::default());
@@ -156,14 +155,13 @@ impl Network {
             ]);
         }
         let head = Project::new("head", Role::Normalised { eps }, &[&weights.head], dtype)?;
-        if slabs.layers().len() != weights.layers.len() {
-            return Err(unfit("a cache of another number of layers"));
-        }
-        let slabs_of =
-            |layer: &crate::model::kv::LayerSlabs| [layer.keys.array().clone(), layer.values.array().clone()];
+        let positions = match slabs.first() {
+            Some([keys, _]) if slabs.len() == weights.layers.len() => keys.dim(1),
+            _ => return Err(unfit("a cache of another number of layers")),
+        };
         Ok(Self {
-            attend: Attend::new(config, slabs.positions(), block, dtype)?,
-            slabs: slabs.layers().iter().map(slabs_of).collect(),
+            attend: Attend::new(config, positions, block, dtype)?,
+            slabs: slabs.iter().map(|layer| layer.map(Array::clone)).collect(),
             weights,
             joined: joined.values,
             output: output.values,
