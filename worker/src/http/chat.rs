@@ -30,13 +30,13 @@ pub(super) async fn handle(
     let mut account = Account::open(&service, Route::Chat)?;
     let prepared = prompt::prepare(&service, request, prompt::chat).await;
     let opened = prepared.and_then(|prompt| {
-        let choices = submit(&service, &prompt)?;
-        Ok((prompt, choices))
+        let replies = submit(&service, &prompt)?;
+        Ok((prompt, replies))
     });
-    let (prompt, choices) = opened.inspect_err(|error| account.failed(error))?;
+    let (prompt, replies) = opened.inspect_err(|error| account.failed(error))?;
     let id = format!("chatcmpl-{}", random_id());
-    let (created, model, n) = (unix_seconds(), service.config.served_model.clone(), choices.len());
-    let run = Run::new(&service, account, &id, choices, n);
+    let (created, model, n) = (unix_seconds(), service.config.served_model.clone(), replies.len());
+    let run = Run::new(&service, account, &id, replies, &prompt.options);
     let wants_logprobs = prompt.generate.logprobs.is_some();
     let response = if prompt.options.stream {
         let chunks = ChatChunks::new(&id, created, &model, prompt.options.include_usage);
@@ -64,7 +64,7 @@ pub(super) async fn handle(
     Ok(response?)
 }
 
-fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<Choice>, ApiError> {
+fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<(Choice, Generation)>, ApiError> {
     let options = &prompt.options;
     let delivery = if options.stream {
         Delivery::Incremental
@@ -72,7 +72,7 @@ fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<Choice>, ApiErro
         Delivery::Whole
     };
     let generations = prompt::submit(service, std::slice::from_ref(&prompt.generate), options.n)?;
-    let choice = |Generation { events }| {
+    let choice = |generation| {
         let parser = OutputParser::new(OutputConfig {
             tool_format: prompt.tool_format,
             reasoning: prompt.reasoning,
@@ -80,15 +80,15 @@ fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<Choice>, ApiErro
             delivery,
             call_id_prefix: format!("call_{}_", random_id()),
         });
-        Choice::new(
+        let choice = Choice::new(
             &service.tokenizer,
-            events,
             prompt.generate.prompt.len(),
             &options.stop,
             Some(parser),
             &prompt.forced,
             prompt.single_call,
-        )
+        );
+        (choice, generation)
     };
     Ok(generations.into_iter().map(choice).collect())
 }

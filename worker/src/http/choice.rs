@@ -2,15 +2,12 @@
 
 use api_types::openai::{FinishReason, TokenLogprob, TopLogprob};
 use chat_format::{CallOutcome, Delta, EndReason, OutputParser, StopMatcher};
-use tokio::sync::mpsc;
 
 use crate::backend::{self, EngineError, GenerationEvent, TokenLogprobs};
 use crate::text::{Detokenizer, TextTokenizer};
 
 /// A reply on its way.
 pub(super) struct Choice {
-    /// Closed (dropped, which cancels) when the reply has ended, for whatever reason.
-    pub(super) events: Option<mpsc::Receiver<GenerationEvent>>,
     tokenizer: TextTokenizer,
     detokenizer: Detokenizer,
     stops: StopMatcher,
@@ -36,7 +33,6 @@ pub(super) struct Choice {
 impl Choice {
     pub(super) fn new(
         tokenizer: &TextTokenizer,
-        events: mpsc::Receiver<GenerationEvent>,
         prompt_tokens: usize,
         stops: &[String],
         mut parser: Option<OutputParser>,
@@ -48,7 +44,6 @@ impl Choice {
             parser.push(forced, &mut deltas);
         }
         Self {
-            events: Some(events),
             tokenizer: tokenizer.clone(),
             detokenizer: tokenizer.detokenizer(),
             stops: StopMatcher::new(stops.iter().cloned()),
@@ -125,7 +120,7 @@ impl Choice {
             }
             GenerationEvent::Finished { reason, usage } => {
                 if usage.completion_tokens == 0 {
-                    return self.fail(EngineError::Step("no token was generated".to_owned()));
+                    return Err(EngineError::Step("no token was generated".to_owned()));
                 }
                 self.cached_tokens = usage.cached_tokens;
                 self.completion_tokens = usage.completion_tokens;
@@ -142,16 +137,10 @@ impl Choice {
                 };
                 self.end(reason, deltas);
             }
-            GenerationEvent::Failed(error) => return self.fail(error),
+            GenerationEvent::Failed(error) => return Err(error),
         }
         self.watch_calls(first, deltas);
         Ok(self.ended)
-    }
-
-    /// The channel closed without a last event.
-    pub(super) fn fail(&mut self, error: EngineError) -> Result<Option<FinishReason>, EngineError> {
-        self.events = None;
-        Err(error)
     }
 
     /// Tokens of prompt, cache and reply so far.
@@ -192,7 +181,6 @@ impl Choice {
     }
 
     fn end(&mut self, reason: backend::FinishReason, deltas: &mut Vec<Delta>) {
-        self.events = None;
         let (end, finish) = match reason {
             backend::FinishReason::Stop => (EndReason::Stop, FinishReason::Stop),
             backend::FinishReason::Length => (EndReason::Length, FinishReason::Length),
@@ -219,7 +207,6 @@ impl Choice {
             self.has_calls = true;
             if self.single_call {
                 deltas.truncate(first + at + 1);
-                self.events = None;
                 self.ended = Some(FinishReason::ToolCalls);
             }
         }

@@ -30,10 +30,10 @@ pub(super) async fn handle(
     let mut account = Account::open(&service, Route::Completions)?;
     let prepared = prompt::prepare(&service, request, prompt::completion).await;
     let opened = prepared.and_then(|prompt| {
-        let choices = submit(&service, &prompt)?;
-        Ok((prompt, choices))
+        let replies = submit(&service, &prompt)?;
+        Ok((prompt, replies))
     });
-    let (prompt, choices) = opened.inspect_err(|error| account.failed(error))?;
+    let (prompt, replies) = opened.inspect_err(|error| account.failed(error))?;
     let id = format!("cmpl-{}", random_id());
     let (created, model) = (unix_seconds(), service.config.served_model.clone());
     let wants_logprobs = prompt
@@ -41,7 +41,7 @@ pub(super) async fn handle(
         .first()
         .is_some_and(|request| request.logprobs.is_some());
     let n = prompt.options.n;
-    let texts: Vec<Text> = (0..choices.len())
+    let texts: Vec<Text> = (0..replies.len())
         .map(|index| {
             let echo = prompt
                 .echo
@@ -52,7 +52,7 @@ pub(super) async fn handle(
             Text { echo, characters: 0 }
         })
         .collect();
-    let run = Run::new(&service, account, &id, choices, n);
+    let run = Run::new(&service, account, &id, replies, &prompt.options);
     let response = if prompt.options.stream {
         let chunks = CompletionChunks::new(&id, created, &model, prompt.options.include_usage);
         reply::streamed(
@@ -91,23 +91,16 @@ pub(super) async fn handle(
 }
 
 /// `n` choices for each prompt.
-fn submit(service: &Service, prompt: &CompletionPrompt) -> Result<Vec<Choice>, ApiError> {
+fn submit(service: &Service, prompt: &CompletionPrompt) -> Result<Vec<(Choice, Generation)>, ApiError> {
     let options = &prompt.options;
     let generations = prompt::submit(service, &prompt.generate, options.n)?;
     let prompts = prompt
         .generate
         .iter()
         .flat_map(|generate| std::iter::repeat_n(generate.prompt.len(), options.n));
-    let choice = |(Generation { events }, prompt_tokens)| {
-        Choice::new(
-            &service.tokenizer,
-            events,
-            prompt_tokens,
-            &options.stop,
-            None,
-            "",
-            false,
-        )
+    let choice = |(generation, prompt_tokens)| {
+        let choice = Choice::new(&service.tokenizer, prompt_tokens, &options.stop, None, "", false);
+        (choice, generation)
     };
     Ok(generations.into_iter().zip(prompts).map(choice).collect())
 }

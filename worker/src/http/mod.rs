@@ -9,6 +9,7 @@
 //! | `prompt`      | a checked request to token ids and sampling                                       |
 //! | `choice`      | one reply: tokens to text, stop strings, reasoning, tool calls                    |
 //! | `run`         | all replies of one request: the next event, silence, time limits, accounting      |
+//! | `inlet`       | what the engine sends for one request, and the ways to end that from outside        |
 //! | `requests`    | requests by their id: the list, and cancelling one                                |
 //! | `reply`       | a run to a stream of events, or to one JSON object                                |
 //! | `chat`        | `/v1/chat/completions`                                                            |
@@ -20,7 +21,8 @@
 //! | `errors`      | every error's status and envelope                                                 |
 //!
 //! Cancellation is dropping: a client's disconnect drops the handler or the response body, that drops the run, that
-//! drops the generations, and the engine sees closed channels on its next step.
+//! drops the generations, and the engine sees closed channels on its next step. A cancellation by id and the limits of
+//! time close them too, without waiting for a client that stands still.
 
 mod auth;
 mod body;
@@ -31,6 +33,7 @@ mod completions;
 mod errors;
 mod footprint;
 mod info;
+mod inlet;
 mod metrics;
 mod prompt;
 mod reply;

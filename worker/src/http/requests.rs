@@ -8,11 +8,11 @@ use axum::Json;
 use axum::extract::{Path, State};
 use parking_lot::Mutex;
 use serde_json::{Value, json};
-use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::errors::Failure;
-use super::metrics::Route;
+use super::inlet::{Cut, Inlet};
+use super::metrics::{Outcome, Route};
 use super::service::Service;
 
 /// Requests listed at `/status`.
@@ -28,29 +28,32 @@ pub(super) struct Requests {
 struct Entry {
     route: Route,
     arrived: Instant,
-    cancel: Arc<Notify>,
+    inlet: Arc<Inlet>,
 }
 
 /// One request's place in the list, as long as this lives.
 pub(super) struct Registered {
     service: Arc<Service>,
     id: String,
-    cancel: Arc<Notify>,
 }
 
 impl Requests {
-    pub(super) fn register(service: &Arc<Service>, id: &str, route: Route, arrived: Instant) -> Registered {
-        let cancel = Arc::new(Notify::new());
+    pub(super) fn register(
+        service: &Arc<Service>,
+        id: &str,
+        route: Route,
+        arrived: Instant,
+        inlet: &Arc<Inlet>,
+    ) -> Registered {
         let entry = Entry {
             route,
             arrived,
-            cancel: Arc::clone(&cancel),
+            inlet: Arc::clone(inlet),
         };
         service.requests.by_id.lock().insert(id.to_owned(), entry);
         Registered {
             service: Arc::clone(service),
             id: id.to_owned(),
-            cancel,
         }
     }
 
@@ -70,21 +73,18 @@ impl Requests {
 
     /// Whether there was one of that id.
     fn cancel(&self, id: &str) -> bool {
-        // A permit is kept, so that a request that is not waiting at the moment sees it when it does.
-        let found = self.by_id.lock().get(id).map(|entry| entry.cancel.notify_one());
-        found.is_some()
-    }
-}
-
-impl Registered {
-    /// Returns when somebody cancels this request, with what its client gets to hear.
-    pub(super) async fn cancelled(&self) -> ApiError {
-        self.cancel.notified().await;
-        ApiError {
+        let Some(entry) = self.by_id.lock().remove(id) else {
+            return false;
+        };
+        let error = ApiError {
             status: 409,
-            ..ApiError::bad_request(format!("request {} was cancelled", self.id))
-                .with_code("request_cancelled")
-        }
+            ..ApiError::bad_request(format!("request {id} was cancelled")).with_code("request_cancelled")
+        };
+        entry.inlet.cut(Cut {
+            error,
+            outcome: Outcome::Cancelled,
+        });
+        true
     }
 }
 

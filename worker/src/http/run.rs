@@ -1,21 +1,21 @@
-//! All replies of one request: the next event, silence, time limits, accounting.
+//! All replies of one request: the next event, silence, accounting.
 
-use std::future::poll_fn;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 
 use api_types::ApiError;
-use api_types::openai::{FinishReason, PromptTokensDetails, Usage};
+use api_types::openai::{FinishReason, GenerationOptions, PromptTokensDetails, Usage};
 use chat_format::Delta;
+use tokio::task::JoinHandle;
 use tokio::time::Instant;
 
 use super::choice::Choice;
 use super::errors;
+use super::inlet::{Cut, Inlet, Limits, Own, Taken};
 use super::metrics::{Outcome, Route};
 use super::requests::{Registered, Requests};
 use super::service::{InFlight, Service};
-use crate::backend::{EngineError, GenerationEvent};
+use crate::backend::{EngineError, Generation, GenerationEvent};
 
 /// What has happened to a run.
 pub(super) enum Step {
@@ -34,14 +34,29 @@ pub(super) struct Run {
     pub(super) deltas: Vec<Delta>,
     service: Arc<Service>,
     account: Account,
-    registered: Registered,
+    inlet: Arc<Inlet>,
+    _registered: Registered,
+    _watch: Watch,
     /// Choices that share a prompt, whose tokens count once.
     per_prompt: usize,
-    next: usize,
-    /// Of the last event, and of the last sign of life to the client.
-    last_event: Instant,
+    /// Of life, to the client.
     last_sign: Instant,
-    started: bool,
+}
+
+/// The task that looks at the limits of time, as long as this lives: see [`Inlet::watch`].
+struct Watch(JoinHandle<()>);
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Drop for Run {
+    /// Whoever still holds the inlet does not keep the engine at work.
+    fn drop(&mut self) {
+        self.inlet.close_all();
+    }
 }
 
 /// Counts the request when it is over, however it ends.
@@ -109,64 +124,66 @@ impl Drop for Account {
 }
 
 impl Run {
-    /// `id`: as the client will see it. `per_prompt` choices in a row share a prompt.
+    /// `id`: as the client will see it. `n` choices in a row share a prompt.
     pub(super) fn new(
         service: &Arc<Service>,
         account: Account,
         id: &str,
-        choices: Vec<Choice>,
-        per_prompt: usize,
+        replies: Vec<(Choice, Generation)>,
+        options: &GenerationOptions,
     ) -> Self {
-        let now = Instant::now();
-        let registered = Requests::register(service, id, account.route, account.arrived);
+        let (choices, channels) = replies
+            .into_iter()
+            .map(|(choice, generation)| (choice, generation.events))
+            .unzip();
+        let inlet = Inlet::new(channels);
+        let limits = Limits {
+            own: options.timeout.map(|limit| match options.stream {
+                true => Own::Quiet(limit),
+                false => Own::Whole {
+                    arrived: account.arrived,
+                    limit,
+                },
+            }),
+            queue: service.config.queue_limit,
+            silence: service.config.silence_limit,
+        };
+        let (watched, by) = (Arc::clone(&inlet), Arc::clone(service));
+        let watch = tokio::spawn(async move { watched.watch(&limits, &by).await });
         Self {
-            registered,
+            _registered: Requests::register(service, id, account.route, account.arrived, &inlet),
+            _watch: Watch(watch),
+            inlet,
             choices,
             deltas: Vec::new(),
             service: Arc::clone(service),
             account,
-            per_prompt: per_prompt.max(1),
-            next: 0,
-            last_event: now,
-            last_sign: now,
-            started: false,
+            per_prompt: options.n.max(1),
+            last_sign: Instant::now(),
         }
     }
 
     /// Waits for the next thing to tell. Cancel-safe: an event is taken and worked on without waiting in between.
     ///
     /// # Errors
-    /// The engine's, or a time limit; the run is over then.
+    /// The engine's, a limit of time, or a cancellation; the run is over then.
     pub(super) async fn step(&mut self, keep_alive: Duration) -> Result<Step, ApiError> {
         loop {
-            if self.choices.iter().all(|choice| choice.events.is_none()) {
-                return Ok(Step::Done);
-            }
             let sign = self.last_sign + keep_alive;
-            let wake = sign.min(self.deadline());
-            let (index, event) = tokio::select! {
+            let taken = tokio::select! {
                 biased;
-                event = next_event(&mut self.choices, self.next) => event,
-                error = self.registered.cancelled() => {
-                    let error = self.give_up(error);
-                    self.account.outcome = Outcome::Cancelled;
-                    return Err(error);
-                }
+                taken = self.inlet.take() => taken,
                 // An engine that hangs closes no channel. One that ends has said more than that it is dead.
-                reason = self.service.dead() => match ready_event(&mut self.choices, self.next) {
-                    Some(event) => event,
+                reason = self.service.dead() => match self.inlet.try_take() {
+                    Some(taken) => taken,
                     None => return Err(self.give_up(errors::engine_dead(&reason))),
                 },
-                () = tokio::time::sleep_until(wake) => {
-                    self.check_limits()?;
-                    if Instant::now() >= sign {
-                        self.last_sign = Instant::now();
-                        return Ok(Step::Silence);
-                    }
-                    continue;
+                () = tokio::time::sleep_until(sign) => {
+                    self.last_sign = Instant::now();
+                    return Ok(Step::Silence);
                 }
             };
-            if let Some(step) = self.take(index, event)? {
+            if let Some(step) = self.tell(taken)? {
                 return Ok(step);
             }
         }
@@ -177,21 +194,23 @@ impl Run {
     /// # Errors
     /// As [`Self::step`].
     pub(super) fn try_step(&mut self) -> Result<Option<Step>, ApiError> {
-        loop {
-            let ready = ready_event(&mut self.choices, self.next);
-            let Some((index, event)) = ready else {
-                return Ok(None);
-            };
-            if let Some(step) = self.take(index, event)? {
+        while let Some(taken) = self.inlet.try_take() {
+            if let Some(step) = self.tell(taken)? {
                 return Ok(Some(step));
             }
         }
+        Ok(None)
     }
 
-    fn take(&mut self, index: usize, event: Option<GenerationEvent>) -> Result<Option<Step>, ApiError> {
-        self.next = index + 1;
-        self.last_event = Instant::now();
-        self.started = true;
+    fn tell(&mut self, taken: Taken) -> Result<Option<Step>, ApiError> {
+        let (index, event) = match taken {
+            Taken::Event { index, event } => (index, event),
+            Taken::Done => return Ok(Some(Step::Done)),
+            Taken::Cut(Cut { error, outcome }) => {
+                self.account.outcome = outcome;
+                return Err(error);
+            }
+        };
         let token = matches!(
             event,
             Some(GenerationEvent::Token { .. } | GenerationEvent::Finished { .. })
@@ -208,59 +227,26 @@ impl Run {
         let end = match event {
             Some(event) => choice.event(event, &mut self.deltas),
             None => {
-                let reason = self
-                    .service
-                    .death()
-                    .unwrap_or_else(|| "it ended without a word".to_owned());
-                choice.fail(EngineError::Dead(reason))
+                let reason = self.service.death();
+                let reason = reason.unwrap_or_else(|| "it ended without a word".to_owned());
+                Err(EngineError::Dead(reason))
             }
         };
         match end {
             Ok(None) if self.deltas.is_empty() => Ok(None),
             Ok(end) => {
-                self.last_sign = self.last_event;
+                if end.is_some() {
+                    self.inlet.close(index);
+                }
+                self.last_sign = Instant::now();
                 Ok(Some(Step::Choice { index, end }))
             }
             Err(error) => Err(self.give_up(errors::from_engine(&error))),
         }
     }
 
-    /// When the limits have to be looked at next.
-    fn deadline(&self) -> Instant {
-        let limit = if self.started {
-            self.service.config.silence_limit
-        } else {
-            self.service.config.queue_limit
-        };
-        self.last_event + limit
-    }
-
-    fn check_limits(&mut self) -> Result<(), ApiError> {
-        if Instant::now() < self.deadline() {
-            return Ok(());
-        }
-        let config = &self.service.config;
-        if !self.started {
-            let error = errors::from_engine(&EngineError::WaitedTooLong(config.queue_limit));
-            return Err(self.give_up(error));
-        }
-        // A long prefill is silent but steps.
-        let age = self.service.backend.stats().last_step_age;
-        if age >= config.silence_limit {
-            let message = format!(
-                "the engine has not stepped for {} s; the request is given up",
-                age.as_secs()
-            );
-            return Err(self.give_up(ApiError::timed_out(message)));
-        }
-        self.last_event = Instant::now();
-        Ok(())
-    }
-
     fn give_up(&mut self, error: ApiError) -> ApiError {
-        for choice in &mut self.choices {
-            choice.events = None;
-        }
+        self.inlet.close_all();
         self.account.failed(&error);
         error
     }
@@ -292,33 +278,4 @@ impl Run {
         self.account.usage = usage;
         usage
     }
-}
-
-/// The next event of any choice, taking turns from `first` on.
-async fn next_event(choices: &mut [Choice], first: usize) -> (usize, Option<GenerationEvent>) {
-    poll_fn(|cx| {
-        for index in turns(choices.len(), first) {
-            let events = choices.get_mut(index).and_then(|choice| choice.events.as_mut());
-            if let Some(Poll::Ready(event)) = events.map(|events| events.poll_recv(cx)) {
-                return Poll::Ready((index, event));
-            }
-        }
-        Poll::Pending
-    })
-    .await
-}
-
-/// As [`next_event`], without waiting.
-fn ready_event(choices: &mut [Choice], first: usize) -> Option<(usize, Option<GenerationEvent>)> {
-    for index in turns(choices.len(), first) {
-        let events = choices.get_mut(index).and_then(|choice| choice.events.as_mut());
-        if let Some(Ok(event)) = events.map(tokio::sync::mpsc::Receiver::try_recv) {
-            return Some((index, Some(event)));
-        }
-    }
-    None
-}
-
-fn turns(len: usize, first: usize) -> impl Iterator<Item = usize> {
-    (0..len).map(move |i| (first + i) % len.max(1))
 }

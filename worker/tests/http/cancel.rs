@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use mlxworker::backend::scripted::{Act, Ending};
+use futures_util::FutureExt as _;
+use mlxworker::backend::GenerateRequest;
+use mlxworker::backend::scripted::{Act, Ending, Plan};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -157,6 +159,65 @@ async fn a_request_can_be_cancelled_by_its_id() {
             .text()
             .contains("mlxworker_requests_total{route=\"chat\",outcome=\"cancelled\"} 1")
     );
+}
+
+/// More than the connection's buffers hold, and a reply that goes on after that.
+fn endless(_: &GenerateRequest) -> Plan {
+    let likeliest: Vec<(u32, f32)> = (0..20).map(|id| (1000 + id, -1.5)).collect();
+    let mut script = vec![Act::TokenWithLogprob(1000, -1.5, likeliest); 6000];
+    script.push(Act::Hang);
+    Ok(script)
+}
+
+/// Asks for a stream with log-probabilities, reads its first bytes, and then nothing more.
+async fn standing_still(server: &Server) -> TcpStream {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let mut socket = socket.connect(server.address).await.unwrap();
+    let body = with_message(json!({"stream": true, "logprobs": true, "top_logprobs": 20})).to_string();
+    let head = format!(
+        "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {}\r\n\r\n",
+        body.len()
+    );
+    socket.write_all(head.as_bytes()).await.unwrap();
+    socket.write_all(body.as_bytes()).await.unwrap();
+    socket.read_exact(&mut [0; 512]).await.unwrap();
+    socket
+}
+
+/// What has been written waits for the client, and the server asks for no more: cancelling does not wait with it.
+#[tokio::test]
+async fn a_client_that_stands_still_does_not_keep_a_cancelled_request_running() {
+    let server = start(endless).await;
+    let socket = standing_still(&server).await;
+    let list = server.get("/status").await.json()["requests"]["list"].clone();
+    let id = list[0]["id"].as_str().unwrap();
+    let path = format!("/v1/requests/{id}");
+    assert_eq!(server.send(server.request("DELETE", &path, "")).await.status, 200);
+    cancelled(&server.backend.endings(1).await[0].1);
+    assert_eq!(server.send(server.request("DELETE", &path, "")).await.status, 404);
+    drop(socket);
+    server.service.idle().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_stands_still_does_not_hold_up_the_limits() {
+    let server = start_with(|c| c.silence_limit = Duration::from_secs(60), endless).await;
+    let step = |age| {
+        server.backend.set_stats(mlxworker::backend::EngineStats {
+            last_step_age: Duration::from_secs(age),
+            ..Default::default()
+        });
+    };
+    step(1);
+    let socket = standing_still(&server).await;
+    tokio::time::sleep(Duration::from_secs(1000)).await;
+    let patient = server.backend.endings(1).now_or_never();
+    assert!(patient.is_none(), "{patient:?}");
+    step(61);
+    cancelled(&server.backend.endings(1).await[0].1);
+    drop(socket);
+    server.service.idle().await;
 }
 
 #[tokio::test]

@@ -295,6 +295,47 @@ async fn a_hanging_engine_is_given_up() {
     );
 }
 
+/// A request may be less patient than the worker: for the whole reply, or in a stream for its next piece.
+#[tokio::test(start_paused = true)]
+async fn a_request_brings_its_own_timeout() {
+    let server = start(|request| {
+        let mut script = vec![Act::Start(0)];
+        for token in say("one two three four") {
+            script.extend([wait(4000), token]);
+        }
+        if request.max_tokens == 13 {
+            script.push(Act::Hang);
+        }
+        stop(script)
+    })
+    .await;
+    let stream = server.chat_stream(json!({"timeout": 5})).await;
+    assert_eq!(stream.joined(0, "content"), "one two three four");
+    let stream = server
+        .chat_stream(json!({"timeout": 4.5, "max_tokens": 13}))
+        .await;
+    assert!(
+        !stream.clean && stream.raw.contains("nothing came for 4.5 s"),
+        "{}",
+        stream.raw
+    );
+    for (timeout, status) in [(5, 504), (1000, 200)] {
+        let reply = server.chat(json!({"timeout": timeout})).await;
+        assert_eq!(reply.status, status, "{}", reply.text());
+    }
+    let reply = server.chat(json!({"timeout": 5})).await.json();
+    let message = "the reply was not complete within the request's timeout of 5 s";
+    assert_eq!(
+        (&reply["error"]["code"], &reply["error"]["message"]),
+        (&json!("timeout"), &json!(message))
+    );
+    let metrics = server.get("/metrics").await.text();
+    assert!(
+        metrics.contains("mlxworker_requests_total{route=\"chat\",outcome=\"server_error\"} 3"),
+        "{metrics}"
+    );
+}
+
 #[tokio::test(start_paused = true)]
 async fn waiting_for_a_place_has_an_end() {
     let server = start_with(

@@ -1,5 +1,7 @@
 //! What chat completions and completions have in common.
 
+use std::time::Duration;
+
 use serde_json::Value;
 
 use crate::error::{ApiError, shown};
@@ -46,6 +48,8 @@ pub struct GenerationOptions {
     pub stop_token_ids: Vec<u32>,
     /// Go on at the model's own end of sequence, as benchmarks do.
     pub ignore_eos: bool,
+    /// Longest time to wait: for the whole reply, or in a stream for its next piece.
+    pub timeout: Option<Duration>,
     /// Choices.
     pub n: usize,
     /// Answer as server-sent events.
@@ -111,6 +115,11 @@ impl GenerationOptions {
                 None => Vec::new(),
                 Some(v) => token_ids("stop_token_ids", v)?,
             },
+            timeout: f
+                .number("timeout", "of seconds from 0.001 to 1000000", |s| {
+                    (0.001..=1e6).contains(&s)
+                })?
+                .map(Duration::from_secs_f64),
             ignore_eos: f.bool("ignore_eos")?.unwrap_or(false),
             n,
             stream: f.bool("stream")?.unwrap_or(false),
