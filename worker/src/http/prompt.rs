@@ -9,7 +9,7 @@ use chat_format::{Reasoning, RenderInputs, TemplateError, ToolFormat, ToolSet};
 use serde_json::Value;
 
 use super::service::{ChatFormat, Service};
-use super::{body, canonical, errors};
+use super::{body, canonical, errors, random_id};
 use crate::backend::{GenerateRequest, Generation, SamplingParams};
 
 /// Bodies longer than this are parsed, rendered and tokenised off the threads that serve everybody.
@@ -88,6 +88,11 @@ pub(super) fn chat(service: &Service, body: &[u8]) -> Result<ChatPrompt, ApiErro
     }
     let mut kwargs = chat.template_kwargs.clone();
     kwargs.extend(std::mem::take(&mut request.template_kwargs));
+    let end = if request.continue_final_message {
+        mark_end(&mut request.messages)
+    } else {
+        None
+    };
     let mut text = chat
         .template
         .render(&RenderInputs {
@@ -98,7 +103,20 @@ pub(super) fn chat(service: &Service, body: &[u8]) -> Result<ChatPrompt, ApiErro
             kwargs: Some(&kwargs),
         })
         .map_err(|e| template_error(&e))?;
-    let mut reasoning = if chat.reasoning {
+    if let Some(end) = &end {
+        let Some(end) = text.rfind(&end.mark) else {
+            return Err(ApiError::invalid(
+                "continue_final_message",
+                "is true, but the chat template does not show the last message",
+            ));
+        };
+        text.truncate(end);
+    }
+    let mut reasoning = if end.as_ref().is_some_and(|end| !end.thinking) {
+        Reasoning::Off
+    } else if chat.reasoning && end.is_some() {
+        Reasoning::Inside
+    } else if chat.reasoning {
         Reasoning::detect(chat.template.source(use_tools), &text)
     } else {
         Reasoning::Off
@@ -134,6 +152,30 @@ pub(super) fn chat(service: &Service, body: &[u8]) -> Result<ChatPrompt, ApiErro
         generate,
         clamped,
     })
+}
+
+/// Where a message that is to be continued breaks off.
+struct End {
+    /// A word that nobody has written: up to there the template's text is kept.
+    mark: String,
+    /// Within the reasoning.
+    thinking: bool,
+}
+
+/// Marks the end of the last message.
+fn mark_end(messages: &mut [Value]) -> Option<End> {
+    let content = messages.last_mut()?.get_mut("content")?;
+    let text = match content {
+        Value::Array(parts) => parts.last_mut()?.get_mut("text")?,
+        text => text,
+    };
+    let Value::String(text) = text else {
+        return None;
+    };
+    let mark = format!("end{}", random_id());
+    let thinking = text.rfind("<think>") > text.rfind("</think>");
+    text.push_str(&mark);
+    Some(End { mark, thinking })
 }
 
 /// `/v1/completions`.

@@ -49,6 +49,39 @@ async fn a_reply_with_everything_around_it() {
     );
 }
 
+/// The prompt ends where the last message does, whatever the template would put behind it, and the reply is what comes
+/// next, to the letter.
+#[tokio::test]
+async fn the_last_message_can_be_continued() {
+    let server = start(|_| stop(say(" wide world"))).await;
+    let parts = json!([{"type": "text", "text": "i, the "}]);
+    for (content, end) in [
+        (
+            json!("Hello, end of the "),
+            "<|im_start|>assistant\nHello, end of the ",
+        ),
+        (parts, "<|im_start|>assistant\ni, the "),
+        // The template takes reasoning apart, but only where it is complete.
+        (json!("<think>\nLet me"), "<|im_start|>assistant\n<think>\nLet me"),
+    ] {
+        let thinking = content == json!("<think>\nLet me");
+        let messages = json!([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]);
+        let body = json!({"messages": messages, "continue_final_message": true});
+        let reply = server.post("/v1/chat/completions", &body).await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        let prompt = server.backend.requests().last().unwrap().prompt.clone();
+        assert_eq!(prompt, tokenizer().encode(&prompt_of(end), false).unwrap());
+        let message = &reply.json()["choices"][0]["message"];
+        let field = if thinking { "reasoning_content" } else { "content" };
+        assert_eq!(message[field], " wide world", "{message}");
+    }
+}
+
+/// What the template makes of "Hi", and then this.
+fn prompt_of(end: &str) -> String {
+    format!("<|im_start|>user\nHi<|im_end|>\n{end}")
+}
+
 #[tokio::test]
 async fn the_prompt_is_the_template_and_the_defaults_are_applied() {
     let defaults = SamplingParams {

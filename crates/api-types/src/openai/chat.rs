@@ -40,6 +40,8 @@ pub struct ChatRequest {
     pub template_kwargs: Map<String, Value>,
     /// End the prompt with the opening of an assistant's turn. Default: true.
     pub add_generation_prompt: bool,
+    /// Go on with the last message, which is the assistant's and has text, rather than begin a new one.
+    pub continue_final_message: bool,
     /// The rest.
     pub options: GenerationOptions,
 }
@@ -72,6 +74,11 @@ impl ChatRequest {
         let tools = fields.take_array("tools")?.unwrap_or_default();
         messages::check_tools(&tools)?;
         let tool_choice = tool_choice(fields.get("tool_choice"), &tools)?;
+        let continue_final_message = fields.bool("continue_final_message")?.unwrap_or(false);
+        let add_generation_prompt = fields.bool("add_generation_prompt")?;
+        if continue_final_message {
+            can_be_continued(&messages, add_generation_prompt, &tool_choice)?;
+        }
         Ok(Self {
             model,
             messages,
@@ -80,10 +87,50 @@ impl ChatRequest {
             parallel_tool_calls: fields.bool("parallel_tool_calls")?.unwrap_or(true),
             logprobs: logprobs(&fields)?,
             template_kwargs: template_kwargs(&mut fields)?,
-            add_generation_prompt: fields.bool("add_generation_prompt")?.unwrap_or(true),
+            add_generation_prompt: add_generation_prompt.unwrap_or(!continue_final_message),
+            continue_final_message,
             options,
         })
     }
+}
+
+/// The text with which a message's content ends.
+fn last_text(content: &Value) -> Option<&str> {
+    match content {
+        Value::Array(parts) => parts.last()?.get("text")?.as_str(),
+        text => text.as_str(),
+    }
+}
+
+fn can_be_continued(
+    messages: &[Value],
+    add_generation_prompt: Option<bool>,
+    tool_choice: &ToolChoice,
+) -> Result<(), ApiError> {
+    let problem = |problem: &str| {
+        Err(ApiError::invalid(
+            "continue_final_message",
+            format!("is true, {problem}"),
+        ))
+    };
+    if add_generation_prompt == Some(true) {
+        return problem("and so is add_generation_prompt, which begins a new message");
+    }
+    if matches!(tool_choice, ToolChoice::Required | ToolChoice::Function(_)) {
+        return problem("but tool_choice wants a reply that begins with a call");
+    }
+    let last = messages.last().unwrap_or(&Value::Null);
+    if last.get("role").and_then(Value::as_str) != Some("assistant") {
+        return problem("but the last message is not the assistant's");
+    }
+    if last.get("tool_calls").is_some() {
+        return problem("but the last message ends with tool calls");
+    }
+    let text = last.get("content").and_then(last_text);
+    if text.is_none_or(|text| text.trim().is_empty()) {
+        return problem("but the last message's content is no text");
+    }
+    Ok(())
 }
 
 fn logprobs(fields: &Fields) -> Result<Option<usize>, ApiError> {
@@ -357,6 +404,29 @@ mod tests {
                 "\"g\"",
             ),
             (json!({"functions": []}), "functions", "tools"),
+            (json!({"timeout": 0}), "timeout", "got 0"),
+            (json!({"timeout": "1s"}), "timeout", "1s"),
+            (json!({"min_tokens": 5}), "min_tokens", "got 5"),
+            (
+                json!({"continue_final_message": true}),
+                "continue_final_message",
+                "not the assistant's",
+            ),
+            (
+                json!({"continue_final_message": true, "add_generation_prompt": true}),
+                "continue_final_message",
+                "add_generation_prompt",
+            ),
+            (
+                json!({"continue_final_message": true, "messages": [{"role": "assistant", "content": " "}]}),
+                "continue_final_message",
+                "no text",
+            ),
+            (
+                json!({"continue_final_message": true, "tools": tool, "tool_choice": "required"}),
+                "continue_final_message",
+                "tool_choice",
+            ),
             (json!({"enable_thinking": "yes"}), "enable_thinking", "\"yes\""),
             (
                 json!({"chat_template_kwargs": [1]}),

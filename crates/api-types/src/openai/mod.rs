@@ -6,6 +6,7 @@ mod messages;
 mod options;
 mod reply;
 mod stream;
+mod unsupported;
 
 pub use chat::{ChatRequest, ToolChoice};
 pub use completion::{CompletionRequest, Prompt};

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::unsupported;
 use crate::error::{ApiError, shown};
 use crate::fields::{Fields, mismatch, whole};
 
@@ -66,6 +67,7 @@ fn single(x: f64) -> f32 {
 impl GenerationOptions {
     pub(crate) fn read(fields: &mut Fields) -> Result<Self, ApiError> {
         let f = &*fields;
+        unsupported::refuse(f)?;
         let penalty = |name: &str| f.number(name, "from -2 to 2", |x| (-2.0..=2.0).contains(&x));
         let sampling = Sampling {
             temperature: f
