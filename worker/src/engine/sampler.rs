@@ -13,6 +13,9 @@ use crate::backend::SamplingParams;
 /// Below this temperature a draw is greedy: dividing by less would overflow.
 const COLDEST: f32 = 1e-5;
 
+/// A repetition penalty of less would make scores infinite.
+const SMALLEST_DIVISOR: f32 = 1e-6;
+
 /// One request's choices.
 #[derive(Debug)]
 pub(super) struct Sampler {
@@ -225,7 +228,8 @@ impl Parameters {
                     column(&|params| params.presence_penalty),
                 )
             }),
-            repetition: any(&Sampler::repeats).then(|| column(&|params| params.repetition_penalty)),
+            repetition: any(&Sampler::repeats)
+                .then(|| column(&|params| params.repetition_penalty.max(SMALLEST_DIVISOR))),
             random: any(&|sampler| sampler.random.is_some()).then(|| Random::new(samplers, rows, vocab)),
             ids: if history {
                 Some(ops::arange::<_, u32>(None, vocab, None)?.reshape(&[1, vocab])?)
@@ -404,7 +408,8 @@ impl Random {
         // Those whose mass ends at or below the number come before it; rounding must not lead past what is kept.
         let before = mass.le(&target)?.as_type::<i32>()?.sum_axis(-1, true)?;
         let kept = shares.gt(&nothing)?.as_type::<i32>()?.sum_axis(-1, true)?;
-        let last = kept.subtract(Array::from_int(1))?;
+        // The likeliest is kept, whatever the parameters say.
+        let last = ops::maximum(kept.subtract(Array::from_int(1))?, Array::from_int(0))?;
         take_along_axis(&ids, &ops::minimum(&before, &last)?, -1)
     }
 }

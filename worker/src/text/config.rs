@@ -84,10 +84,10 @@ impl GenerationDefaults {
         Ok(Self {
             eos_token_ids: eos,
             temperature,
-            top_p: number("top_p", |x| x > 0.0 && x <= 1.0)?,
+            top_p: number("top_p", |x| (0.000_001..=1.0).contains(&x))?,
             top_k,
             min_p: number("min_p", |x| (0.0..=1.0).contains(&x))?,
-            repetition_penalty: number("repetition_penalty", |x| x > 0.0)?,
+            repetition_penalty: number("repetition_penalty", |x| (0.01..=10.0).contains(&x))?,
         })
     }
 }
@@ -181,6 +181,11 @@ mod tests {
                 Some(r#"{"top_p": 7}"#),
                 "{}",
                 ["generation_config.json", "top_p: 7"],
+            ),
+            (
+                Some(r#"{"repetition_penalty": 1e-46}"#),
+                "{}",
+                ["generation_config.json", "repetition_penalty: 1e-46"],
             ),
             (
                 None,

@@ -13,18 +13,21 @@ const MAX_STOPS: usize = 16;
 /// Most choices of one request.
 const MAX_N: i64 = 16;
 
+/// What is smaller keeps the likeliest token only, as this does, until it is nothing in single precision.
+const LEAST_TOP_P: f64 = 0.000_001;
+
 /// Sampling as far as the request says. What it leaves out comes from the worker's knobs and the model.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Sampling {
     /// 0..=2; 0 is greedy.
     pub temperature: Option<f32>,
-    /// Above 0, at most 1.
+    /// 0.000001..=1.
     pub top_p: Option<f32>,
     /// Candidates kept; 0 keeps all (`-1` in the request does too).
     pub top_k: Option<usize>,
     /// 0..=1.
     pub min_p: Option<f32>,
-    /// Above 0, at most 10; 1 is none.
+    /// 0.01..=10; 1 is none.
     pub repetition_penalty: Option<f32>,
     /// -2..=2.
     pub presence_penalty: Option<f32>,
@@ -74,7 +77,9 @@ impl GenerationOptions {
                 .number("temperature", "from 0 to 2", |x| (0.0..=2.0).contains(&x))?
                 .map(single),
             top_p: f
-                .number("top_p", "above 0 and at most 1", |x| x > 0.0 && x <= 1.0)?
+                .number("top_p", "from 0.000001 to 1", |x| {
+                    (LEAST_TOP_P..=1.0).contains(&x)
+                })?
                 .map(single),
             top_k: f
                 .integer("top_k", -1, i64::from(u32::MAX))?
@@ -83,8 +88,8 @@ impl GenerationOptions {
                 .number("min_p", "from 0 to 1", |x| (0.0..=1.0).contains(&x))?
                 .map(single),
             repetition_penalty: f
-                .number("repetition_penalty", "above 0 and at most 10", |x| {
-                    x > 0.0 && x <= 10.0
+                .number("repetition_penalty", "from 0.01 to 10", |x| {
+                    (0.01..=10.0).contains(&x)
                 })?
                 .map(single),
             presence_penalty: penalty("presence_penalty")?.map(single),

@@ -81,6 +81,19 @@ fn greedy_takes_the_likeliest() {
     assert_eq!(draws(SamplingParams::greedy(), &[], 3), [1, 1, 1]);
 }
 
+/// Values that no request can have, as they keep nothing and divide by nothing.
+#[test]
+fn something_is_always_kept() {
+    assert_eq!(seen(SamplingParams { top_p: 0.0, ..hot() }), [1]);
+    assert_eq!(seen(SamplingParams { min_p: 2.0, ..hot() }), [1]);
+    let penalty = SamplingParams {
+        repetition_penalty: 0.0,
+        ..SamplingParams::greedy()
+    };
+    // Divided by next to nothing, the highest score of those seen is the highest by far; and it is a number.
+    assert_eq!(draws(penalty, &[2], 2), [2, 2]);
+}
+
 #[test]
 fn filters_keep_what_they_promise() {
     assert_eq!(seen(hot()), [0, 1, 2, 3, 4, 5]);
