@@ -144,7 +144,7 @@ knob_table! {
     }
     /// Longest silence while a request runs, before it is ended with an error; but only where the engine has not stepped
     /// for as long either: a long prompt is silent while it is computed. A total limit for nothing: a reply that keeps
-    /// coming is never cut.
+    /// coming is never cut. A request's own `timeout` holds beside it.
     timeout: f64 = "timeout" {
         group: Group::Server, kind: SECONDS, default: Fixed::Float(300.0), unit: "s",
         reason: "a total limit of 300 s cut long replies in mid-generation; silence is what shows a hang",
@@ -258,7 +258,8 @@ knob_table! {
         default: Fixed::Int(64), unit: "requests",
         reason: "room for a burst of agents; behind 64 others nobody is still listening",
     }
-    /// Longest time a request may wait for a place before it is answered 503 with Retry-After.
+    /// Longest time a request may wait for a place before it is answered 503 with Retry-After. Once one of its choices or
+    /// prompts has a place, the others wait for as long as it takes.
     max_wait_seconds: f64 = "max-wait-seconds" {
         group: Group::Scheduling, kind: SECONDS, default: Fixed::Float(300.0), unit: "s",
         reason: "clients give up after about five minutes of silence",
@@ -374,7 +375,8 @@ knob_table! {
     max_cache_blocks: Option<u64> = "max-cache-blocks" {
         group: Group::Memory, kind: COUNT, unit: "blocks",
     }
-    /// Reuse the KV of prompts that begin alike. Needs --use-paged-cache.
+    /// Reuse the KV of prompts that begin alike. Needs --use-paged-cache. Off: a request for `n` choices computes its prompt
+    /// `n` times.
     enable_prefix_cache: bool = "enable-prefix-cache" {
         group: Group::Memory, off: &["disable-prefix-cache"], default: Fixed::Bool(true),
         reason: "the biggest gain of all in conversations of many turns",

@@ -1,53 +1,46 @@
-//! What clients put at the head of the system prompt and change with every request, taken off: the model has no use for
+//! What a client puts at the head of the system prompt and changes with every request, taken off: the model has no use for
 //! it, and everything behind a token that differs would have to be computed again.
+//!
+//! Only what is known to be a client's own noise, and only where that client puts it: whatever else looks like a header may
+//! be meant for the model.
 
 use serde_json::Value;
 
-/// Names of such lines, `NAME: value`, in lower case; a trailing `*` stands for anything.
-const HEADERS: &[&str] = &[
-    // Claude Code: version, entry point and a checksum that differs from request to request.
-    "x-anthropic-*",
-    "x-request-id",
-    "x-session-id",
-    "x-conversation-id",
-    "x-correlation-id",
-    "x-trace-id",
-    "traceparent",
-];
+/// Claude Code's: version, entry point and a checksum that differs from request to request.
+const BILLING: &str = "x-anthropic-billing-header";
 
-/// Takes header lines off the head of the leading system messages. A part or a message that has nothing else is dropped.
+/// Takes such lines off the head of the first message, if that is the system's. What is left of it stays, be it empty:
+/// without a system message a template may put in a text of its own. Only where another one follows, an empty one goes.
 pub(super) fn strip_headers(messages: &mut Vec<Value>) {
-    let is_system = |message: &Value| {
-        matches!(
-            message.get("role").and_then(Value::as_str),
-            Some("system" | "developer")
-        )
+    let Some(first) = messages.first_mut().filter(|message| is_system(message)) else {
+        return;
     };
-    let mut index = 0;
-    // A list of messages must not become an empty one.
-    while let Some(message) = messages.get_mut(index).filter(|message| is_system(message)) {
-        let emptied = match message.get_mut("content") {
-            Some(Value::String(text)) => strip_text(text),
-            Some(Value::Array(parts)) => strip_parts(parts),
-            _ => false,
-        };
-        if emptied && messages.len() > 1 {
-            messages.remove(index);
-        } else {
-            index += 1;
-        }
+    let emptied = match first.get_mut("content") {
+        Some(Value::String(text)) => strip_text(text),
+        Some(Value::Array(parts)) => strip_parts(parts),
+        _ => false,
+    };
+    if emptied && messages.get(1).is_some_and(is_system) {
+        messages.remove(0);
     }
+}
+
+fn is_system(message: &Value) -> bool {
+    let role = message.get("role").and_then(Value::as_str);
+    matches!(role, Some("system" | "developer"))
 }
 
 /// Whether nothing is left of what was more than nothing before.
 fn strip_parts(parts: &mut Vec<Value>) -> bool {
-    while let Some(Value::String(text)) = parts.first_mut().and_then(|part| part.get_mut("text")) {
-        if !strip_text(text) {
-            return false;
-        }
+    let Some(Value::String(text)) = parts.first_mut().and_then(|part| part.get_mut("text")) else {
+        return false;
+    };
+    let emptied = strip_text(text);
+    if emptied && parts.len() > 1 {
         parts.remove(0);
+        return false;
     }
-    parts.is_empty()
+    emptied
 }
 
 /// As [`strip_parts`].
@@ -57,6 +50,7 @@ fn strip_text(text: &mut String) -> bool {
     while let Some((line, after)) = split_line(rest)
         && is_header(line)
     {
+        tracing::debug!(line, "left out of the system prompt");
         found = true;
         rest = after;
     }
@@ -78,14 +72,8 @@ fn split_line(text: &str) -> Option<(&str, &str)> {
 }
 
 fn is_header(line: &str) -> bool {
-    let Some((name, _)) = line.split_once(':') else {
-        return false;
-    };
-    let name = name.trim().to_ascii_lowercase();
-    HEADERS.iter().any(|header| match header.strip_suffix('*') {
-        Some(prefix) => name.starts_with(prefix) && !name.contains(char::is_whitespace),
-        None => name == *header,
-    })
+    line.split_once(':')
+        .is_some_and(|(name, _)| name.trim().eq_ignore_ascii_case(BILLING))
 }
 
 #[cfg(test)]
@@ -101,57 +89,57 @@ mod tests {
         messages.into()
     }
 
-    #[test]
-    fn lines_at_the_head_of_the_system_prompt_go() {
-        let user = json!({"role": "user", "content": "x-request-id: 7"});
-        for (content, left) in [
-            (
-                json!("x-anthropic-billing-header: cc_version=2.1; cch=a1b2c;\nYou help."),
-                json!("You help."),
-            ),
-            (
-                json!("X-Anthropic-Billing-Header: a\r\nx-request-id: 4\r\n\r\nYou help."),
-                json!("You help."),
-            ),
-            (
-                json!("You help.\nx-request-id: 4"),
-                json!("You help.\nx-request-id: 4"),
-            ),
-            (json!("x-ray: a kind of light"), json!("x-ray: a kind of light")),
-            (
-                json!("x-anthropic is a name: yes"),
-                json!("x-anthropic is a name: yes"),
-            ),
-            (json!("\nx-request-id: 4"), json!("\nx-request-id: 4")),
-            (json!(""), json!("")),
-            (
-                json!([{"type": "text", "text": "x-anthropic-billing-header: b"}, {"type": "text", "text": "You help."}]),
-                json!([{"type": "text", "text": "You help."}]),
-            ),
-            (json!([]), json!([])),
-        ] {
-            let before = json!([{"role": "system", "content": content}, user]);
-            let after = stripped(before);
-            if left == json!([]) {
-                assert_eq!(after, json!([user]));
-            } else {
-                assert_eq!(after, json!([{"role": "system", "content": left}, user]));
-            }
-        }
+    fn text(text: &str) -> Value {
+        json!({"type": "text", "text": text})
     }
 
     #[test]
-    fn a_message_that_has_nothing_else_goes_and_later_ones_stay() {
+    fn billing_lines_at_the_head_of_the_system_prompt_go_and_nothing_else() {
+        let user = json!({"role": "user", "content": "x-anthropic-billing-header: 7"});
+        let billing = "x-anthropic-billing-header: cc_version=2.1; cch=a1b2c;";
+        for (content, left) in [
+            (json!(format!("{billing}\nYou help.")), json!("You help.")),
+            (
+                json!(format!(
+                    "X-Anthropic-Billing-Header: a\r\n{billing}\r\n\r\nYou help."
+                )),
+                json!("You help."),
+            ),
+            (
+                json!([text(billing), text("You help.")]),
+                json!([text("You help.")]),
+            ),
+            // Without a system message a template may say something of its own.
+            (json!(billing), json!("")),
+            (json!([text(billing)]), json!([text("")])),
+        ] {
+            let after = stripped(json!([{"role": "system", "content": content}, user]));
+            assert_eq!(after, json!([{"role": "system", "content": left}, user]));
+        }
+        for content in [
+            json!("x-session-id: 42\nPass the session id above to every tool call."),
+            json!("x-anthropic-beta: tools\nAbove is the header to send."),
+            json!("x-request-id: 4"),
+            json!("traceparent: 00-1"),
+            json!(format!("You help.\n{billing}")),
+            json!(format!("\n{billing}")),
+            json!([text("You help."), text(billing)]),
+            json!(""),
+            json!([]),
+        ] {
+            let messages = json!([{"role": "system", "content": content}, user]);
+            assert_eq!(stripped(messages.clone()), messages);
+        }
+        let messages = json!([user, {"role": "system", "content": billing}]);
+        assert_eq!(stripped(messages.clone()), messages);
+    }
+
+    #[test]
+    fn a_message_of_nothing_else_goes_where_another_follows_which_stays_as_it_is() {
         let system = |text: &str| json!({"role": "developer", "content": text});
-        let after = stripped(json!([
-            system("x-anthropic-billing-header: 1\n"),
-            system("x-trace-id: 2\nBe brief."),
-            {"role": "user", "content": "Hi"},
-            system("x-trace-id: 3"),
-        ]));
-        assert_eq!(
-            after,
-            json!([system("Be brief."), {"role": "user", "content": "Hi"}, system("x-trace-id: 3")])
-        );
+        let second = system("x-anthropic-billing-header: 2\nBe brief.");
+        let user = json!({"role": "user", "content": "Hi"});
+        let after = stripped(json!([system("x-anthropic-billing-header: 1\n"), second, user]));
+        assert_eq!(after, json!([second, user]));
     }
 }

@@ -112,7 +112,7 @@ async fn changing_header_lines_do_not_change_the_prompt() {
     for head in [
         "",
         "x-anthropic-billing-header: cch=1;\n",
-        "x-anthropic-billing-header: cch=2;\nx-request-id: 7\n\n",
+        "x-anthropic-billing-header: cch=2;\n\n",
     ] {
         let system = format!("{head}Be brief.");
         server
@@ -127,6 +127,18 @@ async fn changing_header_lines_do_not_change_the_prompt() {
             .all(|request| request.prompt == requests[0].prompt)
     );
     assert!(prompt_text(&requests[0]).contains("Be brief."));
+}
+
+/// Whoever writes down an id for the model wants it to be read.
+#[tokio::test]
+async fn other_header_lines_are_for_the_model() {
+    let server = start(|_| stop(say("ok"))).await;
+    let system = "x-session-id: 42\nPass the session id above to every tool call.";
+    server
+        .chat(json!({"messages": [{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]}))
+        .await;
+    let prompt = prompt_text(&server.backend.requests()[0]);
+    assert!(prompt.contains(system), "{prompt}");
 }
 
 /// The template brings what special tokens there are; a tokenizer that adds one of its own must not do so here.
