@@ -2,7 +2,9 @@
 mlxworker beside its own bare loop (`mlxworker bench`), which is the same model code without scheduler, text and HTTP.
 
 Every server gets the same prompts, greedy, with no penalties, and generates the same number of tokens. All servers
-run all the time; only one is asked at a time.
+run all the time; only one is asked at a time. Who is measured has run a round before, the bare loop too.
+
+And mlxworker beside itself: what penalties cost, and what a request costs that says nothing about sampling.
 """
 import argparse
 import json
@@ -17,12 +19,16 @@ import models
 import servers
 
 WORKER, BARE = "mlxworker", "bare loop"
-# Beside the rates while all streams are being written: see `full_tokens_per_second` of mlx-bench.
 PROMPT, TOKENS, LONG_PROMPT = 32, 192, 500
+# Requests in a row at one stream: with fewer, a round is over before the machine has come to rest.
+LEAST_REQUESTS = 4
 # Speed that this project wants, as ratios to mlx_lm.server by number of streams.
 WANTED = {1: 1.3, 4: 1.5, 8: 1.5}
 WANTED_EFFICIENCY, WANTED_REPEAT = 0.95, 0.05
-FIELDS = json.dumps({"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1.0, "top_p": 1.0, "top_k": 0})
+PLAIN = {"frequency_penalty": 0, "presence_penalty": 0, "repetition_penalty": 1.0, "top_p": 1.0, "top_k": 0}
+# mlx-bench asks for temperature 0 unless a body says otherwise; null is as if it said nothing.
+SAMPLING = {"greedy, no penalties": PLAIN, "greedy, the default penalties": {}, "nothing said": {"temperature": None}}
+SAMPLING_STREAMS = 1, 8
 
 
 class Bench:
@@ -31,16 +37,17 @@ class Bench:
     def __init__(self, options, log):
         self.options, self.log = options, log
         self.worker, self.load = options.bin / "mlxworker", options.bin / "mlx-bench"
+        self.most = max(*options.streams, *SAMPLING_STREAMS)
 
     def endpoints(self, ports):
         first, *others = [f"{name}=http://127.0.0.1:{port}#{'default_model' if name == 'mlx_lm.server' else 'model'}"
                           for name, port in ports.items()]
         return [first, *[part for other in others for part in ("--compare", other)]]
 
-    def run(self, ports, *more):
+    def run(self, ports, *more, body=PLAIN):
         """mlx-bench's report on the servers. A request that mlxworker fails ends the benchmark; one that another server
         fails is told, and the round made again, once."""
-        command = [str(part) for part in (self.load, *self.endpoints(ports), "--body", FIELDS, "--json", *more)]
+        command = [str(part) for part in (self.load, *self.endpoints(ports), "--body", json.dumps(body), "--json", *more)]
         for last in (False, True):
             done = subprocess.run(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
             report = json.loads(done.stdout) if done.stdout else dict(endpoints=[])
@@ -51,32 +58,55 @@ class Bench:
             if last or not errors or WORKER in errors:
                 raise RuntimeError(f"mlx-bench ended with {done.returncode}: {errors}")
 
-    def bare(self, model, streams):
-        """Tokens per second of the bare loop in a process of its own: one round, as a server gets one, not the best of several."""
-        command = [self.worker, "bench", model, "--streams", streams, "--prompt-tokens", PROMPT, "--tokens", TOKENS, "--rounds", 1]
+    def bare(self, model, streams, seed):
+        """Tokens per second of the bare loop, in a process of its own whose limits are the server's. One round, after one
+        that does not count: in a process's first round every page of its buffers is touched for the first time, which
+        the servers have behind them."""
+        command = [self.worker, "bench", model, "--streams", streams, "--prompt-tokens", PROMPT, "--tokens", TOKENS,
+                   "--warmup", 1, "--rounds", 1, "--seed", seed, "--max-num-seqs", self.most]
         done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, stderr=self.log, text=True, check=True)
         return json.loads(done.stdout.strip().splitlines()[-1])["tokens_per_second"]
+
+    def ask(self, ports, streams, seed, body=PLAIN):
+        """One round of decoding at one server. Twice as many requests as streams: none waits long for the last one."""
+        requests = max(LEAST_REQUESTS, 2 * streams)
+        return self.run(ports, "--streams", streams, "--requests", requests, "--rounds", 1, "--warmup", streams, "--seed", seed,
+                        "--prompt-tokens", PROMPT, "--tokens", TOKENS, body=body)["endpoints"][0]
 
     def decode(self, ports, model, streams):
         """Rounds at a number of streams, each with a bare loop among the servers."""
         found, bare = {name: [] for name in ports}, []
-        for order in orders([BARE, *ports], self.options.rounds):
+        for at, order in enumerate(orders([BARE, *ports], self.options.rounds)):
+            # All get the prompts of one seed, and another one in every round, which no cache knows.
+            seed = 1000 * streams + at
             for name in order:
                 if name == BARE:
-                    bare.append(self.bare(model, streams))
+                    bare.append(self.bare(model, streams, seed))
                     print(f"{streams} streams: bare loop {bare[-1]:.0f} tokens/s", file=sys.stderr)
                     continue
-                # Twice as many requests as streams: no stream waits long for the last one.
-                report = self.run({name: ports[name]}, "--streams", streams, "--requests", 2 * streams, "--rounds", 1,
-                                  "--warmup", streams, "--prompt-tokens", PROMPT, "--tokens", TOKENS)
-                found[name] += report["endpoints"]
+                found[name].append(self.ask({name: ports[name]}, streams, seed))
         rows = {}
         for name, rounds in found.items():
             rows[name] = dict(
-                full=[f["full_tokens_per_second"]["median"] for f in rounds],
+                # None: its streams ran together for a moment only.
+                full=[f["rounds"][0]["full_tokens_per_second"] for f in rounds],
+                share=[f["rounds"][0]["full_share"] for f in rounds],
                 whole=[f["tokens_per_second"]["median"] for f in rounds],
                 tokens=[f["completion_tokens"]["mean"] for f in rounds])
         return dict(streams=streams, rows=rows, bare=bare)
+
+    def sampling(self, port, streams):
+        """mlxworker's rates with each body of `SAMPLING`, in interleaved rounds, and the ratios to the first."""
+        rates = {name: [] for name in SAMPLING}
+        for at, order in enumerate(orders(list(SAMPLING), self.options.rounds)):
+            for place, name in enumerate(order):
+                # One server for all: with another's prompts it would find them in its cache.
+                seed = 1_000_000 + 1000 * streams + 10 * at + place
+                found = self.ask({WORKER: port}, streams, seed, body=SAMPLING[name])
+                rates[name].append(found["rounds"][0]["full_tokens_per_second"])
+                print(f"{streams} streams, {name}: {rates[name][-1]} tokens/s", file=sys.stderr)
+        plain = next(iter(rates.values()))
+        return {name: dict(rates=row, ratios=ratios(row, plain)) for name, row in rates.items()}
 
     def first_token(self, ports):
         """Prompts of 500 tokens, new and sent again."""
@@ -97,13 +127,38 @@ def orders(names, rounds):
     return [order[::-1] if at % 2 else order for at, order in enumerate(turned)]
 
 
+def ratios(ours, others):
+    """Of the rounds that have both."""
+    return [a / b for a, b in zip(ours, others) if a and b]
+
+
 def spread(values, digits=0):
+    values = [value for value in values if value is not None]
+    if not values:
+        return "–"
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
 
 
 def verdict(value, wanted, above=True):
     met = value >= wanted if above else value <= wanted
     return f"{'met' if met else 'NOT MET'}: {'≥' if above else '≤'} {wanted:g} wanted"
+
+
+def judged(values, wanted):
+    """The middle one with its verdict."""
+    if not values:
+        return "no round to judge by"
+    value = statistics.median(values)
+    return f"{value:.2f} ({verdict(value, wanted)})"
+
+
+def show_sampling(name, sampling):
+    print(f"\n### {name}: what sampling costs mlxworker, tokens/s while all streams are being written\n")
+    print("| body | " + " | ".join(f"{streams} streams | ÷ the first" for streams in sampling) + " |")
+    print("|---" * (1 + 2 * len(sampling)) + "|")
+    for body in SAMPLING:
+        rows = [part[body] for part in sampling.values()]
+        print(f"| {body} | " + " | ".join(f"{spread(row['rates'])} | {spread(row['ratios'], 2)}" for row in rows) + " |")
 
 
 def show(name, decode, first):
@@ -114,21 +169,17 @@ def show(name, decode, first):
         rows = part["rows"]
         ours = rows[WORKER]
         for server, row in rows.items():
-            ratios = [[a / b for a, b in zip(ours[key], row[key])] for key in ("full", "whole")]
-            shown = ["", ""] if server == WORKER else [spread(r, 2) for r in ratios]
+            shown = ["", ""] if server == WORKER else [spread(ratios(ours[key], row[key]), 2) for key in ("full", "whole")]
             print(f"| {part['streams']} | {server} | {spread(row['full'])} | {shown[0]} | {spread(row['whole'])} | {shown[1]} |")
-        efficiency = [a / b for a, b in zip(ours["full"], part["bare"])]
-        print(f"| {part['streams']} | bare loop | {spread(part['bare'])} | {spread(efficiency, 2)} | | |")
+        print(f"| {part['streams']} | bare loop | {spread(part['bare'])} | {spread(ratios(ours['full'], part['bare']), 2)} | | |")
     print("\n| 500-token prompt | new, ms | sent again, ms | again ÷ new |\n|---|---|---|---|")
     for server, row in first.items():
         print(f"| {server} | {spread(row['cold'], 1)} | {spread(row['again'], 1)} | {spread(row['share'], 3)} |")
     print()
     for part in decode:
         ours, peer = part["rows"][WORKER]["full"], part["rows"]["mlx_lm.server"]["full"]
-        ratio = statistics.median(a / b for a, b in zip(ours, peer))
-        efficiency = statistics.median(a / b for a, b in zip(ours, part["bare"]))
-        print(f"- {part['streams']} streams: {ratio:.2f} × mlx_lm.server ({verdict(ratio, WANTED.get(part['streams'], 1.5))}); "
-              f"serving efficiency {efficiency:.2f} ({verdict(efficiency, WANTED_EFFICIENCY)})")
+        print(f"- {part['streams']} streams: {judged(ratios(ours, peer), WANTED.get(part['streams'], 1.5))} of mlx_lm.server's rate; "
+              f"serving efficiency {judged(ratios(ours, part['bare']), WANTED_EFFICIENCY)}")
     share = statistics.median(first[WORKER]["share"])
     print(f"- repeated prompt: {share:.3f} of the time of a new one ({verdict(share, WANTED_REPEAT, above=False)})")
 
@@ -140,6 +191,7 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=5)
     arguments.add_argument("--streams", type=int, nargs="+", default=[1, 4, 8])
     arguments.add_argument("--model", choices=["demo", "dense", "both"], default="both")
+    arguments.add_argument("--only-sampling", action="store_true", help="only what sampling costs: mlxworker alone")
     arguments.add_argument("--output", type=pathlib.Path, help="write all figures to this JSON file")
     options = arguments.parse_args()
     wanted = [models.demo, models.dense] if options.model == "both" else [getattr(models, options.model)]
@@ -152,9 +204,11 @@ def main() -> None:
         try:
             for make in wanted:
                 model = make(pathlib.Path(folder) / make.__name__)
-                decode, first = measure(bench, model)
-                everything[make.__name__] = dict(decode=decode, first_token=first)
-                show(names[make], decode, first)
+                found = measure(bench, model)
+                everything[make.__name__] = found
+                if not options.only_sampling:
+                    show(names[make], found["decode"], found["first_token"])
+                show_sampling(names[make], found["sampling"])
         except Exception:
             log.seek(0)
             sys.stderr.write(log.read()[-4000:])
@@ -165,18 +219,23 @@ def main() -> None:
 
 def measure(bench, model):
     options = bench.options
-    most = max(options.streams)
-    ports = {WORKER: servers.free_port(), "mlx_lm.server": servers.free_port()}
-    commands = {WORKER: servers.mlxworker(bench.worker, model, ports[WORKER], "--max-num-seqs", most),
-                "mlx_lm.server": servers.mlx_lm_server(model, ports["mlx_lm.server"], most)}
-    if options.vllm_mlx:
-        ports["vllm-mlx"] = servers.free_port()
-        commands["vllm-mlx"] = servers.vllm_mlx(options.vllm_mlx, model, ports["vllm-mlx"])
+    most = bench.most
+    ports = {WORKER: servers.free_port()}
+    commands = {WORKER: servers.mlxworker(bench.worker, model, ports[WORKER], "--max-num-seqs", most)}
+    if not options.only_sampling:
+        ports["mlx_lm.server"] = servers.free_port()
+        commands["mlx_lm.server"] = servers.mlx_lm_server(model, ports["mlx_lm.server"], most)
+        if options.vllm_mlx:
+            ports["vllm-mlx"] = servers.free_port()
+            commands["vllm-mlx"] = servers.vllm_mlx(options.vllm_mlx, model, ports["vllm-mlx"])
     with servers.contextlib.ExitStack() as running:
         for name, command in commands.items():
             running.enter_context(servers.server(command, ports[name], bench.log))
-        decode = [bench.decode(ports, model, streams) for streams in options.streams]
-        return decode, bench.first_token(ports)
+        found = {}
+        if not options.only_sampling:
+            found["decode"] = [bench.decode(ports, model, streams) for streams in options.streams]
+            found["first_token"] = bench.first_token(ports)
+        return found | {"sampling": {streams: bench.sampling(ports[WORKER], streams) for streams in SAMPLING_STREAMS}}
 
 
 if __name__ == "__main__":
