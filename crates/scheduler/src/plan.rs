@@ -164,6 +164,6 @@ impl Scheduler {
     pub(crate) fn give_up(&mut self, id: SeqId, plan: &mut Plan) {
         debug_assert!(false, "the cache refuses sequence {id}");
         self.end(id);
-        plan.expired.push(id);
+        plan.lost.push(id);
     }
 }

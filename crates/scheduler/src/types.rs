@@ -63,6 +63,8 @@ impl std::error::Error for Refusal {}
 pub struct Plan {
     /// These waited too long. They are gone: answer them.
     pub expired: Vec<SeqId>,
+    /// These are gone because the cache refused what it had promised, which is a defect: answer them.
+    pub lost: Vec<SeqId>,
     /// These lost their blocks and are in the queue again, to be prefilled again later. For the log; the engine has
     /// nothing to do about them.
     pub preempted: Vec<SeqId>,

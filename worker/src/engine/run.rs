@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use kv_cache::SeqId;
 use mlx_rs::error::Exception;
-use scheduler::{NewRequest, Plan, Refusal, Scheduler};
+use scheduler::{Decode, NewRequest, Plan, Refusal, Scheduler};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::sampler::Sampler;
@@ -265,12 +265,20 @@ impl<'a> Loop<'a> {
                 sequence.fail(EngineError::WaitedTooLong(self.max_wait.unwrap_or_default()));
             }
         }
+        for id in plan.lost {
+            tracing::error!(%id, "the KV cache refused what it had promised");
+            if let Some(sequence) = self.sequences.remove(&id) {
+                let defect = "the KV cache refused what it had promised; this is a defect of the worker";
+                sequence.fail(EngineError::Step(defect.to_owned()));
+            }
+        }
         for id in plan.preempted {
             self.counters.preempted.fetch_add(1, Relaxed);
-            if let Some(sequence) = self.sequences.get_mut(&id)
-                && let Ok(Some(history)) = self.stepper.park(id)
-            {
-                sequence.history = Some(history);
+            match (self.sequences.get_mut(&id), self.stepper.park(id)) {
+                (Some(sequence), Ok(Some(history))) => sequence.history = Some(history),
+                // Without it the penalties would begin anew.
+                (_, Err(error)) => self.fail(&[id], &error)?,
+                (_, Ok(_)) => {}
             }
         }
         if let Err(fault) = self.stepper.copy(&plan.copies) {
@@ -309,8 +317,11 @@ impl<'a> Loop<'a> {
         if plan.decode.is_empty() {
             return Ok(());
         }
-        let rows: Vec<DecodeRow<'_>> = plan
-            .decode
+        self.decode(&plan.decode)
+    }
+
+    fn decode(&mut self, planned: &[Decode]) -> Result<(), Broken> {
+        let rows: Vec<DecodeRow<'_>> = planned
             .iter()
             .filter(|row| self.sequences.contains_key(&row.id))
             .map(|row| DecodeRow {
@@ -329,14 +340,30 @@ impl<'a> Loop<'a> {
         samplers.sort_unstable_by_key(|(place, _)| *place);
         let mut samplers: Vec<&mut Sampler> = samplers.into_iter().map(|(_, sampler)| sampler).collect();
         self.counters.decoded(self.stepper.has_kernels());
+        let generators: Vec<_> = samplers.iter().map(|sampler| sampler.generator()).collect();
         match self.stepper.decode(&rows, &mut samplers) {
-            Ok(()) => Ok(()),
-            Err(Fault::Graph(error)) => {
-                let rows: Vec<SeqId> = rows.iter().map(|row| row.id).collect();
-                self.fail(&rows, &error)
-            }
-            Err(Fault::Device(error)) => self.fail_running(&error),
+            Ok(()) => return Ok(()),
+            Err(Fault::Graph(error)) => tracing::warn!(
+                error = error.what(),
+                rows = rows.len(),
+                "a step cannot be built; row by row now"
+            ),
+            Err(Fault::Device(error)) => return self.fail_running(&error),
         }
+        // Only those fail that cannot be built alone either.
+        let mut failed = Vec::new();
+        for ((row, sampler), generator) in rows.iter().zip(samplers).zip(generators) {
+            sampler.set_generator(generator);
+            match self.stepper.decode(std::slice::from_ref(row), &mut [sampler]) {
+                Ok(()) => {}
+                Err(Fault::Graph(error)) => failed.push((row.id, error)),
+                Err(Fault::Device(error)) => return self.fail_running(&error),
+            }
+        }
+        for (id, error) in failed {
+            self.fail(&[id], &error)?;
+        }
+        Ok(())
     }
 
     /// Tokens have been read: their readers get them.

@@ -120,6 +120,15 @@ impl Sampler {
         }
     }
 
+    /// Where its random numbers are, to draw the same ones again.
+    pub(super) fn generator(&self) -> Option<fastrand::Rng> {
+        self.random.clone()
+    }
+
+    pub(super) fn set_generator(&mut self, generator: Option<fastrand::Rng>) {
+        self.random = generator;
+    }
+
     fn counts(&self) -> bool {
         self.params.presence_penalty != 0.0 || self.params.frequency_penalty != 0.0
     }

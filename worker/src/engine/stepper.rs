@@ -49,6 +49,10 @@ pub(super) struct Stepper {
 pub(super) struct Faults {
     /// The prefill of a prompt of so many tokens cannot be built.
     pub(super) prompt: Option<usize>,
+    /// The decode of a row at this position cannot be built, nor can that of any rows together with it.
+    pub(super) position: Option<usize>,
+    /// What a preempted sequence has drawn cannot be kept.
+    pub(super) park: bool,
     /// The device fails in the step with so many rows, once.
     pub(super) rows: Option<usize>,
     /// And is lost then.
@@ -260,6 +264,10 @@ impl Stepper {
         };
         let samplers = samplers.iter_mut().map(|sampler| &mut **sampler);
         let draw = parameters.draw(&logits, &mut history, samplers)?;
+        #[cfg(test)]
+        if rows.iter().any(|row| Some(row.position) == self.faults.position) {
+            return Err(Exception::custom("a row that no graph can be made of").into());
+        }
         issue(draw.arrays().chain(history.arrays()))?;
         self.flights.push(Flight {
             rows: ids,
@@ -293,6 +301,10 @@ impl Stepper {
 
     /// What a sequence that is not stepped further for now has drawn so far.
     pub(super) fn park(&self, id: SeqId) -> Result<Option<History>> {
+        #[cfg(test)]
+        if self.faults.park {
+            return Err(Exception::custom("a history that cannot be kept"));
+        }
         self.find(id)
             .map(|(flight, row)| flight.history.row(row))
             .transpose()

@@ -14,19 +14,37 @@ struct Running {
     ended: Receiver<String>,
 }
 
+fn config() -> EngineConfig {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied");
+    EngineConfig {
+        prefill_chunk: 16,
+        ..EngineConfig::new(folder)
+    }
+}
+
+fn request(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
+    GenerateRequest {
+        prompt,
+        max_tokens,
+        sampling: SamplingParams::greedy(),
+        stop_tokens: Vec::new(),
+        logprobs: None,
+    }
+}
+
 impl Running {
     fn new(faults: Faults, max_running: usize) -> Self {
+        Self::with(faults, move |config| config.max_running = max_running)
+    }
+
+    fn with(faults: Faults, configure: impl FnOnce(&mut EngineConfig) + Send + 'static) -> Self {
         let (commands, inbox) = sync_channel(64);
         let (end, ended) = sync_channel(1);
         let counters = Arc::new(Counters::new());
         let for_thread = Arc::clone(&counters);
         std::thread::spawn(move || {
-            let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied");
-            let config = EngineConfig {
-                max_running,
-                prefill_chunk: 16,
-                ..EngineConfig::new(folder)
-            };
+            let mut config = config();
+            configure(&mut config);
             let (mut parts, _) = start::start(config, &mut |_| {}).unwrap();
             parts.stepper.faults = faults;
             let stopping = AtomicBool::new(false);
@@ -41,23 +59,11 @@ impl Running {
     }
 
     fn ask(&self, prompt: Vec<u32>, max_tokens: usize) -> mpsc::Receiver<GenerationEvent> {
-        self.ask_until(prompt, max_tokens, Vec::new())
+        self.send(request(prompt, max_tokens))
     }
 
-    fn ask_until(
-        &self,
-        prompt: Vec<u32>,
-        max_tokens: usize,
-        stop_tokens: Vec<u32>,
-    ) -> mpsc::Receiver<GenerationEvent> {
+    fn send(&self, request: GenerateRequest) -> mpsc::Receiver<GenerationEvent> {
         let (events, receiver) = mpsc::channel(1024);
-        let request = GenerateRequest {
-            prompt,
-            max_tokens,
-            sampling: SamplingParams::greedy(),
-            stop_tokens,
-            logprobs: None,
-        };
         let place = Counters::place(&self.counters, 64).unwrap();
         let arrival = Arrival {
             request,
@@ -127,6 +133,91 @@ fn a_prompt_that_cannot_be_built_fails_alone() {
     engine.end();
 }
 
+/// Rows that are stepped together fail only where they cannot be stepped alone, and the others draw what they would have drawn.
+#[test]
+fn a_row_that_cannot_be_built_fails_alone() {
+    let hot = || GenerateRequest {
+        sampling: SamplingParams {
+            temperature: 1.5,
+            seed: Some(5),
+            frequency_penalty: 0.5,
+            ..SamplingParams::greedy()
+        },
+        ..request(prompt(30, 3), 25)
+    };
+    let solo = Running::new(Faults::default(), 1);
+    let expected = [request(prompt(40, 1), 20), hot()].map(|one| end(solo.send(one)).1);
+    solo.end();
+
+    let faults = Faults {
+        position: Some(60),
+        ..Faults::default()
+    };
+    let engine = Running::new(faults, 4);
+    let good = [request(prompt(40, 1), 20), hot()].map(|one| engine.send(one));
+    let (_, failed) = end(engine.ask(prompt(50, 2), 30));
+    assert!(
+        matches!(&failed, End::Failed(reason) if reason.contains("no graph can be made of")),
+        "{failed:?}"
+    );
+    assert_eq!(good.map(|events| end(events).1), expected);
+    engine.end();
+}
+
+/// One that would go on with penalties that have forgotten what was drawn fails instead.
+#[test]
+fn a_preempted_one_whose_draws_cannot_be_kept_fails() {
+    let faults = Faults {
+        park: true,
+        ..Faults::default()
+    };
+    let engine = Running::with(faults, |config| {
+        config.max_running = 2;
+        config.max_blocks = Some(6);
+        config.generation_share = 1;
+    });
+    let [first, second] = [1, 2].map(|seed| engine.ask(prompt(40, seed), 100));
+    let (_, failed) = end(second);
+    assert!(
+        matches!(&failed, End::Failed(reason) if reason.contains("cannot be kept")),
+        "{failed:?}"
+    );
+    assert!(matches!(end(first).1, End::Done(tokens) if tokens.len() == 100));
+    assert_eq!(engine.counters.read().preempted, 1);
+    engine.end();
+}
+
+/// It says what it is, and not that somebody waited.
+#[test]
+fn a_defect_of_the_cache_is_told_as_one() {
+    std::thread::spawn(|| {
+        let (parts, _) = start::start(config(), &mut |_| {}).unwrap();
+        let counters = Arc::new(Counters::new());
+        let (_commands, inbox) = sync_channel(1);
+        let stopping = AtomicBool::new(false);
+        let mut engine = Loop::new(parts, &counters, &inbox, &stopping);
+        let (events, receiver) = mpsc::channel(8);
+        let arrival = Arrival {
+            request: request(prompt(10, 1), 5),
+            events,
+            place: Counters::place(&counters, 1).unwrap(),
+        };
+        engine.submit(arrival, SeqId(0));
+        let plan = Plan {
+            lost: vec![SeqId(0)],
+            ..Plan::default()
+        };
+        assert!(engine.issue(plan).is_ok());
+        let (_, failed) = end(receiver);
+        assert!(
+            matches!(&failed, End::Failed(reason) if reason.contains("a defect of the worker")),
+            "{failed:?}"
+        );
+    })
+    .join()
+    .unwrap();
+}
+
 #[test]
 fn a_device_that_fails_ends_what_runs_and_keeps_nothing_of_it() {
     let solo = Running::new(Faults::default(), 2);
@@ -189,7 +280,10 @@ fn a_step_that_is_read_for_nobody_is_work() {
     };
     let engine = Running::new(faults, 1);
     let whatever_comes = (0..128).collect();
-    let mut events = engine.ask_until(prompt(10, 1), 30, whatever_comes);
+    let mut events = engine.send(GenerateRequest {
+        stop_tokens: whatever_comes,
+        ..request(prompt(10, 1), 30)
+    });
     while let Some(event) = events.blocking_recv() {
         if let GenerationEvent::Finished { reason, .. } = event {
             assert_eq!(reason, FinishReason::Stop);
