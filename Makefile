@@ -5,8 +5,9 @@
 #   make bench         the demonstration model beside mlx_lm.server
 #   make bench-proxy   what swapd adds to a request
 #   make soak          ten minutes of everything at once
+#   make memory        an hour's worth of random traffic in ten minutes: does a worker's memory stay flat?
 #   make fuzz          every fuzz target for three minutes (needs cargo-fuzz)
-.PHONY: demo build test bench bench-proxy soak fuzz docs
+.PHONY: demo build test bench bench-proxy soak memory fuzz docs
 
 demo:
 	@scripts/demo
@@ -27,6 +28,9 @@ bench-proxy:
 
 soak:
 	SOAK_SECONDS=600 cargo test -p swapd --test soak -- --nocapture
+
+memory: build
+	tests/bench/run memory
 
 fuzz:
 	scripts/fuzz 180

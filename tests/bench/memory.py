@@ -3,27 +3,31 @@
 Clients ask for prompts and replies of all lengths, with shared beginnings, as conversations, with and without a
 stream, with all kinds of sampling; one in four goes away in the middle. Meanwhile the worker's resident memory and the
 number of its mappings (from the system; large buffers are such) and MLX' active and cached bytes (from /status) are
-noted. Flat means: after the warm-up, the middle of the last third is no higher than that of the first third by more
-than the tolerance. Exit code 1 otherwise, or when a request failed that should not.
+noted.
+
+It is to be an hour's worth of work at least: the requests of one busy agent in an hour (`flat.HOUR`), after the warm-up.
+Flat means: the line through the samples after the warm-up rises by no more than `--hourly-mib` in an hour's worth, and
+the middle of the last third of them is no more than `--step-mib` above that of the first (`flat.judge`). Exit code 1
+otherwise, or when a request failed that should not.
 """
 import argparse
 import http.client
 import json
 import pathlib
 import random
-import statistics
 import sys
 import tempfile
 import threading
 import time
 
+import flat
 import models
 import servers
 
 WORDS = "the time water people day house work place year hand part world life name side line light point city".split()
 ROWS = ["rss", "active", "cache"]
-# Buffers that nobody frees, one in a thousand steps, would be more.
-MAPPINGS_TOLERANCE = 64
+# Of mappings: buffers that nobody frees, one in fifty requests, would be more.
+MAPPINGS_STEP, MAPPINGS_HOURLY = 64, 20
 MIB = 1 << 20
 
 
@@ -134,16 +138,11 @@ def sample(port, pid):
                 kv=memory["kv_used_bytes"], running=status["requests"]["running"], waiting=status["requests"]["waiting"])
 
 
-def judge(samples, tolerance):
-    """For each row: middle of the first and the last third, highest, and whether it is flat."""
-    third = max(len(samples) // 3, 1)
-    verdicts = {}
-    for row in [*ROWS, "mappings"]:
-        allowed = MAPPINGS_TOLERANCE if row == "mappings" else tolerance
-        values = [s[row] for s in samples]
-        first, last = statistics.median(values[:third]), statistics.median(values[-third:])
-        verdicts[row] = dict(first=first, last=last, highest=max(values), flat=last - first <= allowed)
-    return verdicts
+def judge(samples, step, hourly):
+    """The verdict on each row."""
+    done = [s["done"] for s in samples]
+    limits = {row: (step, hourly) for row in ROWS} | {"mappings": (MAPPINGS_STEP, MAPPINGS_HOURLY)}
+    return {row: flat.judge(done, [s[row] for s in samples], *limit) for row, limit in limits.items()}
 
 
 def main():
@@ -152,7 +151,8 @@ def main():
     arguments.add_argument("--minutes", type=float, default=10)
     arguments.add_argument("--warm-up", type=float, default=0.2, help="share of the time that does not count (default 0.2)")
     arguments.add_argument("--clients", type=int, default=8)
-    arguments.add_argument("--tolerance-mib", type=float, default=16)
+    arguments.add_argument("--hourly-mib", type=float, default=8, help="growth in an hour's worth of requests (default 8)")
+    arguments.add_argument("--step-mib", type=float, default=16, help="last third above the first (default 16)")
     arguments.add_argument("--seed", type=int, default=1)
     # Buffer cache and KV pool are filled up to their limits by design. With the default limits, a model this small
     # needs longer for that than the run lasts.
@@ -176,7 +176,7 @@ def main():
                 for at in range(61):
                     # Sixty equal parts.
                     traffic.ended.wait(max(0.0, began + seconds * at / 60 - time.monotonic()))
-                    now = sample(port, child.pid)
+                    now = sample(port, child.pid) | {"done": traffic.counts["finished"] + traffic.counts["cancelled"]}
                     samples.append(now)
                     rss, active, cache, kv = (now[key] / MIB for key in ("rss", "active", "cache", "kv"))
                     print(f"{time.monotonic() - began:9.0f} {rss:9.1f} {active:11.1f} {cache:10.1f} {kv:7.1f} {now['mappings']:9} {now['running']:8} "
@@ -187,19 +187,23 @@ def main():
                     client.join()
             ended = child.poll()
     counted = samples[int(len(samples) * options.warm_up):]
-    verdicts = judge(counted, options.tolerance_mib * MIB)
-    print(f"\n{traffic.counts}, {len(traffic.failures)} failed")
+    verdicts = judge(counted, options.step_mib * MIB, options.hourly_mib * MIB)
+    hours = (counted[-1]["done"] - counted[0]["done"]) / flat.HOUR
+    print(f"\n{traffic.counts}, {len(traffic.failures)} failed; {hours:.1f} hours' worth after the warm-up")
     for row, v in verdicts.items():
         unit, size = ("", 1) if row == "mappings" else (" MiB", MIB)
-        print(f"{row:8} first third {v['first'] / size:8.1f}{unit}, last third {v['last'] / size:8.1f}{unit}, highest "
-              f"{v['highest'] / size:8.1f}{unit}: {'flat' if v['flat'] else 'GROWS'}")
+        print(f"{row:8} first third {v['first'] / size:8.1f}{unit}, last third {v['last'] / size:8.1f}{unit}, highest {v['highest'] / size:8.1f}"
+              f"{unit}, {v['hourly'] / size:+6.1f}{unit} in an hour's worth: {'flat' if v['flat'] else 'GROWS'}")
     for failure in traffic.failures[:5]:
         print(f"failed: {failure}")
     fine = all(v["flat"] for v in verdicts.values()) and not traffic.failures and ended is None
     if traffic.counts["finished"] == 0 or traffic.counts["cancelled"] == 0:
         print("too short: nothing was finished or cancelled")
         fine = False
-    print("flat" if fine else "NOT FLAT")
+    if hours < 1:
+        print(f"too short: less than an hour's worth, {flat.HOUR} requests")
+        fine = False
+    print("flat" if fine else "NOT FLAT" if not all(v["flat"] for v in verdicts.values()) else "not shown to be flat")
     sys.exit(0 if fine else 1)
 
 
