@@ -26,6 +26,7 @@ impl Bench {
             max_running: 9,
             prefill_chunk: 512,
             step_budget: u64::MAX,
+            compact_decodes: true,
             max_wait: None,
         });
         Self {

@@ -20,6 +20,9 @@ pub struct Config {
     /// command that runs for too long. A chunk is cut so that `len × (start + len)` stays within it; one token always
     /// may.
     pub step_budget: u64,
+    /// Sequences that decode are kept in one run of blocks, by moving what lies in their way: for attention that takes
+    /// each run by itself. A kernel that reads block tables has no use for it. Prompts are brought into one run anyway.
+    pub compact_decodes: bool,
     /// Longest time in the queue before the first sequence of a request is admitted; `None`: for ever. The others then wait
     /// for as long as it takes.
     pub max_wait: Option<Duration>,

@@ -22,6 +22,7 @@
 //!     max_running: 4,
 //!     prefill_chunk: 512,
 //!     step_budget: 1 << 22,
+//!     compact_decodes: true,
 //!     max_wait: Some(Duration::from_secs(60)),
 //! })?;
 //! let id = SeqId(1);

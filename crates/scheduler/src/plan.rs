@@ -9,7 +9,7 @@
 
 use std::time::Duration;
 
-use kv_cache::{Admission, Request, SeqId};
+use kv_cache::{Admission, CacheError, CopyBlock, Request, SeqId};
 
 use crate::job::Running;
 use crate::scheduler::Scheduler;
@@ -25,8 +25,9 @@ impl Scheduler {
             self.record_known(id);
         }
         self.expire(now, &mut plan);
-        self.plan_decodes(&ids, &mut plan);
-        self.admit(&mut plan);
+        let mut movable = self.most_moved();
+        self.plan_decodes(&ids, &mut movable, &mut plan);
+        self.admit(&mut movable, &mut plan);
         self.plan_prefills(&mut plan);
         self.totals.steps += u64::from(!plan.is_empty());
         self.totals.decode_tokens += plan.decode.len() as u64;
@@ -56,8 +57,7 @@ impl Scheduler {
         self.totals.expired += plan.expired.len() as u64;
     }
 
-    fn plan_decodes(&mut self, by_seniority: &[SeqId], plan: &mut Plan) {
-        let most_moved = self.most_moved();
+    fn plan_decodes(&mut self, by_seniority: &[SeqId], movable: &mut usize, plan: &mut Plan) {
         for &id in by_seniority {
             if !self.jobs.get(&id).is_some_and(|job| job.decodes()) {
                 continue;
@@ -80,8 +80,9 @@ impl Scheduler {
             let Some(running) = &mut job.running else {
                 continue; // It was the most junior itself.
             };
-            let moved = self.cache.stay_compact(id, most_moved);
-            plan.copies.extend(moved.unwrap_or_default());
+            if self.config.compact_decodes {
+                move_blocks(self.cache.stay_compact(id, *movable), movable, plan);
+            }
             let extension = self.cache.extend(id, 1).ok();
             let slot = extension.and_then(|extension| extension.slots().next());
             let Some(slot) = slot else {
@@ -99,8 +100,7 @@ impl Scheduler {
     }
 
     /// Strictly in order of arrival.
-    fn admit(&mut self, plan: &mut Plan) {
-        let most_moved = self.most_moved();
+    fn admit(&mut self, movable: &mut usize, plan: &mut Plan) {
         while self.ask_again
             && self.running() < self.config.max_running
             && let Some((&arrival, &id)) = self.queue.first_key_value()
@@ -121,8 +121,7 @@ impl Scheduler {
                     self.queue.remove(&arrival);
                     let (first, group) = (!job.begun, job.group);
                     plan.copies.extend(admitted.copies);
-                    let moved = self.cache.compact(id, most_moved);
-                    plan.copies.extend(moved.unwrap_or_default());
+                    move_blocks(self.cache.compact(id, *movable), movable, plan);
                     if !std::mem::replace(&mut job.started, true) {
                         self.totals.admitted += 1;
                         self.totals.prompt_tokens += job.prompt() as u64;
@@ -152,7 +151,7 @@ impl Scheduler {
         }
     }
 
-    /// Most blocks to move so that one sequence is one run: half of the pool. To gather a scattered sequence for a
+    /// Most blocks to move in one step so that sequences are one run each: half of the pool. To gather a scattered sequence for a
     /// single step of decoding costs as much as to move it once, so this is only there to bound a step: a machine copies
     /// half of a pool of a sixteenth of its memory in 10 to 20 ms, each byte read and written at 120 (16 GB) to 546 GB/s
     /// (128 GB).
@@ -166,4 +165,11 @@ impl Scheduler {
         self.end(id);
         plan.lost.push(id);
     }
+}
+
+/// What was moved leaves less to be moved in the same step.
+fn move_blocks(moved: Result<Vec<CopyBlock>, CacheError>, movable: &mut usize, plan: &mut Plan) {
+    let moved = moved.unwrap_or_default();
+    *movable = movable.saturating_sub(moved.len());
+    plan.copies.extend(moved);
 }

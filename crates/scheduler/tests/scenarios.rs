@@ -19,6 +19,7 @@ fn config() -> Config {
         max_running: 4,
         prefill_chunk: 256,
         step_budget: 1 << 40,
+        compact_decodes: true,
         max_wait: None,
     }
 }

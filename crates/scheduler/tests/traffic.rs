@@ -65,8 +65,19 @@ fn op() -> impl Strategy<Value = Op> {
 
 fn config() -> impl Strategy<Value = Config> {
     let cache = (1usize..30, 1usize..6, 0usize..8, 1usize..3, 0u32..8);
-    (cache, 20usize..60, 1usize..6, 1usize..24, 1u64..900, 0u64..40).prop_map(
-        |((total_blocks, block_size, share, min_tail, cached), context, running, chunk, budget, wait)| {
+    let limits = (
+        20usize..60,
+        1usize..6,
+        1usize..24,
+        1u64..900,
+        any::<bool>(),
+        0u64..40,
+    );
+    (cache, limits).prop_map(
+        |(
+            (total_blocks, block_size, share, min_tail, cached),
+            (context, running, chunk, budget, compact_decodes, wait),
+        )| {
             Config {
                 cache: CacheConfig {
                     total_blocks,
@@ -79,6 +90,7 @@ fn config() -> impl Strategy<Value = Config> {
                 max_running: running,
                 prefill_chunk: chunk,
                 step_budget: budget,
+                compact_decodes,
                 max_wait: (wait < 30).then(|| Duration::from_secs(wait)),
             }
         },
@@ -153,6 +165,7 @@ fn a_small_pool_preempts_and_everyone_still_finishes() {
         max_running: 4,
         prefill_chunk: 8,
         step_budget: 1000,
+        compact_decodes: true,
         max_wait: None,
     };
     for ahead in 0..3 {

@@ -163,6 +163,7 @@ pub(super) fn start(
         max_running: config.max_running,
         prefill_chunk: config.prefill_chunk,
         step_budget: config.step_budget,
+        compact_decodes: !stepper.has_kernels(),
         max_wait: config.max_wait,
     })
     .map_err(|error| StartError::WarmUp(error.to_string()))?;

@@ -193,6 +193,16 @@ impl Stepper {
         Ok(())
     }
 
+    /// As [`Self::settle`], for the flights that none of these rows continues: nothing that the next step reads depends on
+    /// them, and a sequence that has ended in one of them may have left a block to a row of this step.
+    fn settle_strangers(&self, ids: &[SeqId]) -> Step {
+        if !self.model.writes_unseen() {
+            return Ok(());
+        }
+        let strangers = self.landed.iter().filter(|flight| is_stranger(&flight.rows, ids));
+        eval(strangers.map(|flight| &flight.draw.tokens)).map_err(Fault::Device)
+    }
+
     /// Computes a chunk of a prompt. With `draw` the token after it is drawn.
     pub(super) fn prefill(
         &mut self,
@@ -238,6 +248,7 @@ impl Stepper {
     /// The next token of every row, from the draws of the step before. `samplers` has those of `rows`, in that order.
     pub(super) fn decode(&mut self, rows: &[DecodeRow<'_>], samplers: &mut [&mut Sampler]) -> Step {
         let ids: Vec<SeqId> = rows.iter().map(|row| row.id).collect();
+        self.settle_strangers(&ids)?;
         let (tokens, mut history) = self.previous(&ids)?;
         let places = rows
             .iter()
@@ -415,6 +426,11 @@ impl Flight {
     }
 }
 
+/// None of `next` goes on from a flight with these rows.
+fn is_stranger(rows: &[SeqId], next: &[SeqId]) -> bool {
+    !rows.iter().any(|row| next.contains(row))
+}
+
 /// Where `length` positions from `start` on lie in a block table, in order.
 pub(super) fn runs(table: &[BlockId], block_size: usize, start: usize, length: usize) -> Vec<SlotRun> {
     let mut runs = Vec::new();
@@ -505,6 +521,13 @@ fn conversion(error: &mlx_rs::error::ConversionError) -> Exception {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_flight_is_waited_for_when_nobody_goes_on_from_it() {
+        let ids = |ids: &[u64]| ids.iter().copied().map(SeqId).collect::<Vec<_>>();
+        assert!(is_stranger(&ids(&[1]), &ids(&[2, 3])));
+        assert!(!is_stranger(&ids(&[1, 2]), &ids(&[2, 3])));
+    }
 
     #[test]
     fn consecutive_blocks_are_one_span() {

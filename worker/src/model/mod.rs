@@ -210,8 +210,7 @@ impl Model {
             path = report.path,
             reason = report.reason,
             error = report.error,
-            reference_ms = report.reference_ms,
-            kernels_ms = report.kernels_ms,
+            timings = ?report.timings,
             "decoding"
         );
         self.kernels = kernels;
