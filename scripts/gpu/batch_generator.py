@@ -2,10 +2,12 @@
 """mlx-lm's BatchGenerator on one model folder, greedy: tokens per second by number of streams, prefill, peak memory.
 
     batch_generator.py FOLDER [--streams 1,4,8] [--prompt-tokens 256] [--tokens 256] [--prefill 2048,8192]
+    batch_generator.py FOLDER --asked
 
-One JSON line per measurement. Decoding is timed from the step after all streams have joined to the last step.
+One JSON line per measurement. Decoding is timed from the step after all streams have joined to the last step. With --asked it
+measures what standard input asks for, a line each: {"streams": 4, "prompt_tokens": 256, "tokens": 128} or {"prefill": 2048}.
 """
-import argparse, json, pathlib, random, time
+import argparse, json, pathlib, random, sys, time
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.utils import load_model
@@ -59,12 +61,22 @@ def main():
     args.add_argument("--tokens", type=int, default=256)
     args.add_argument("--prefill", default="2048,8192")
     args.add_argument("--rounds", type=int, default=2, help="the best of so many is kept, after one to warm up")
+    args.add_argument("--asked", action="store_true", help="measure what standard input asks for")
     a = args.parse_args()
     began = time.perf_counter()
     model, _ = load_model(a.folder)
     mx.eval(model.parameters())
     base = dict(engine="mlx-lm BatchGenerator", model=a.folder.name)
-    print(json.dumps(base | dict(load_s=round(time.perf_counter() - began, 1), weights_gb=mx.get_active_memory() / 1e9)))
+    print(json.dumps(base | dict(load_s=round(time.perf_counter() - began, 1), weights_gb=mx.get_active_memory() / 1e9)), flush=True)
+    for seed, line in enumerate(sys.stdin if a.asked else (), 1):
+        wish = json.loads(line)
+        if "prefill" in wish:
+            found = prefill(model, wish["prefill"], seed)
+        else:
+            found = decode(model, wish["streams"], wish["prompt_tokens"], wish["tokens"], seed)
+        print(json.dumps(base | wish | {k: round(v, 3) for k, v in found.items()}), flush=True)
+    if a.asked:
+        return
     for streams in [int(n) for n in a.streams.split(",") if n]:
         decode(model, streams, a.prompt_tokens, 32, 1)
         best = max((decode(model, streams, a.prompt_tokens, a.tokens, 2 + n) for n in range(a.rounds)), key=lambda r: r["tok_s"])
