@@ -62,6 +62,14 @@ class Worker:
         done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout)["endpoints"][0]
 
+    def prompt_rate(self, length):
+        """Tokens a second of new prompts, until the first token has come."""
+        command = [self.load, f"w={self.base}#model", "--streams", 1, "--requests", 2, "--warmup", 0, "--rounds", 1,
+                   "--prompt-tokens", length, "--tokens", 2, "--body", json.dumps(GREEDY), "--json"]
+        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
+        found = json.loads(done.stdout)["endpoints"][0]
+        return found["prompt_tokens"]["mean"] / found["ttft_ms"]["min"] * 1e3
+
     def complete(self, prompt, tokens):
         body = dict(GREEDY, model="model", prompt=prompt, max_tokens=tokens, ignore_eos=True)
         request = urllib.request.Request(self.base + "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"})
@@ -131,17 +139,20 @@ def measure(worker, peer, all_streams, options):
                 say(round=round_, streams=streams, side=side, tokens_per_second=round(found, 1))
                 if round_:
                     (ours if side == "worker" else theirs)[streams].append(found)
-    defaults = {n: worker.rate(n, options, {})["full_tokens_per_second"]["median"] for n in all_streams}
-    say(what="with the default sampling's penalties, greedy", tokens_per_second=defaults)
-    say(what="replies equal alone and together", equal=worker.alone_and_together(8, 64), of=8)
-    for length in [int(n) for n in options.prefill.split(",") if n]:
-        for _ in range(2):
-            found = peer.ask(prefill=length)
-            say(what="the peer's prompt", tokens=length, tokens_per_second=found["tok_s"], peak_gb=found["peak_gb"])
     middle = statistics.median
     for n in all_streams:
         say(streams=n, mlxworker=round(middle(ours[n]), 1), peer=round(middle(theirs[n]), 1),
             ratio=round(middle(a / b for a, b in zip(ours[n], theirs[n])), 2))
+    defaults = {n: worker.rate(n, options, {})["full_tokens_per_second"]["median"] for n in all_streams}
+    say(what="with the default sampling's penalties, greedy", tokens_per_second=defaults)
+    say(what="replies equal alone and together", equal=worker.alone_and_together(8, 64), of=8)
+    for length in [int(n) for n in options.prefill.split(",") if n]:
+        # The first of each compiles.
+        for _ in range(2):
+            say(what="mlxworker, a new prompt", tokens=length, tokens_per_second=round(worker.prompt_rate(length), 1))
+        for _ in range(2):
+            found = peer.ask(prefill=length)
+            say(what="the peer, a new prompt", tokens=length, tokens_per_second=found["tok_s"], peak_gb=found["peak_gb"])
 
 
 if __name__ == "__main__":
