@@ -106,6 +106,15 @@ def write_shard(path: pathlib.Path, batch: list) -> None:
             file.write(np.ascontiguousarray(array).data)
 
 
+def fill_tokenizer(path: pathlib.Path, vocab: int) -> None:
+    """A word for each id that the tokenizer lacks: such a model draws them all, and a token without text is no reply."""
+    tokenizer = json.loads(path.read_text())
+    words = tokenizer["model"]["vocab"]
+    known = {*words.values(), *(token["id"] for token in tokenizer["added_tokens"])}
+    words.update({f"\u0120w{number}": number for number in range(vocab) if number not in known})
+    path.write_text(json.dumps(tokenizer))
+
+
 def main() -> None:
     args = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     args.add_argument("shape", choices=SHAPES)
@@ -145,6 +154,8 @@ def main() -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         if a.tokenizer and (a.tokenizer / name).exists():
             shutil.copy(a.tokenizer / name, a.folder / name)
+            if name == "tokenizer.json":
+                fill_tokenizer(a.folder / name, config["vocab_size"])
     print(f"{a.folder}: {total / 1e9:.2f} GB in {len(shards)} file(s)")
 
 
