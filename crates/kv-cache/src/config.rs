@@ -100,7 +100,9 @@ pub const GENERATION_SHARE: usize = 512;
 
 /// What part of a block is worth a copy, unless told otherwise. A copy is two commands in every layer, however few
 /// tokens it saves; a few tokens more in a prefill that has to be made anyway cost next to nothing. And every chat
-/// begins with the same few tokens.
+/// begins with the same few tokens. On the CPU, with the demonstration model's four layers, a copy took as long as one
+/// to three tokens of a prompt (0.1 to 0.4 ms beside 0.15); a device that computes faster than it is given commands
+/// loses more by it.
 const TAIL_PART: usize = 4;
 
 impl CacheConfig {
