@@ -53,11 +53,25 @@ fn kib(text: &str, key: &str) -> Option<u64> {
     line.split_whitespace().next()?.parse().ok()
 }
 
-/// Limit and rest of this process's cgroup (version 2), if it has a limit.
+/// Limit and rest of the cgroups (version 2) that this process is in, if any has a limit.
 fn cgroup() -> Option<(u64, u64)> {
     let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
     let own = groups.lines().find_map(|l| l.strip_prefix("0::"))?;
-    let dir = Path::new("/sys/fs/cgroup").join(own.trim_start_matches('/'));
+    cgroups(Path::new("/sys/fs/cgroup"), own)
+}
+
+/// The smallest limit and the smallest rest of a cgroup and those around it: each of them bounds what is inside, and the
+/// limit of a service is often its slice's.
+fn cgroups(root: &Path, own: &str) -> Option<(u64, u64)> {
+    let own = root.join(own.trim_start_matches('/'));
+    own.ancestors()
+        .take_while(|dir| dir.starts_with(root))
+        .filter_map(limit_of)
+        .reduce(|(limit, rest), (outer, outer_rest)| (limit.min(outer), rest.min(outer_rest)))
+}
+
+/// Limit and rest of one cgroup, if it has a limit.
+fn limit_of(dir: &Path) -> Option<(u64, u64)> {
     let number = |file| {
         fs::read_to_string(dir.join(file))
             .ok()?
@@ -106,6 +120,35 @@ mod tests {
         let text = "MemTotalX:  1 kB\nMemTotal:  24576 kB\n";
         assert_eq!(kib(text, "MemTotal"), Some(24_576));
         assert_eq!(kib(text, "MemFree"), None);
+    }
+
+    #[test]
+    fn a_limit_of_any_cgroup_around_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let inner = root.path().join("user.slice/app.service");
+        fs::create_dir_all(&inner).unwrap();
+        let write = |dir: &Path, limit: &str, used: &str, cache: u64| {
+            fs::write(dir.join("memory.max"), limit).unwrap();
+            fs::write(dir.join("memory.current"), used).unwrap();
+            fs::write(
+                dir.join("memory.stat"),
+                format!("anon 5\ninactive_file {cache}\n"),
+            )
+            .unwrap();
+        };
+        let found = || cgroups(root.path(), "/user.slice/app.service");
+        assert_eq!(found(), None);
+        write(&inner, "max\n", "100\n", 0);
+        assert_eq!(found(), None);
+        // The slice's limit, of which others have taken most.
+        write(inner.parent().unwrap(), "1000\n", "900\n", 30);
+        assert_eq!(found(), Some((1000, 130)));
+        // One's own is smaller, and there is still no more than the slice's rest.
+        write(&inner, "500\n", "100\n", 0);
+        assert_eq!(found(), Some((500, 130)));
+        write(root.path(), "400\n", "399\n", 0);
+        assert_eq!(found(), Some((400, 1)));
+        assert_eq!(cgroups(root.path(), "/"), Some((400, 1)));
     }
 
     #[test]
