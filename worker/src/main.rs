@@ -3,6 +3,7 @@
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
+use anyhow::Context;
 use knobs::{Command, ParsedArgs};
 use mlxworker::backend::SamplingParams;
 use mlxworker::engine::bench::{self, Wish};
@@ -29,8 +30,15 @@ fn main() -> ExitCode {
 }
 
 /// Log lines go to standard error.
-fn log(level: &str) {
-    let filter = EnvFilter::try_from_env("RUST_LOG").unwrap_or_else(|_| EnvFilter::new(level));
+fn log(args: &ParsedArgs) {
+    let level = &args.knobs.log_level;
+    let variable = std::env::var("RUST_LOG").unwrap_or_default();
+    let filter = if args.settings.get("log-level").is_some() || variable.trim().is_empty() {
+        EnvFilter::new(level)
+    } else {
+        // On top of the level: what was set for another program (`RUST_LOG=swapd=debug`) silences nothing here.
+        EnvFilter::new(format!("{level},{variable}"))
+    };
     let colours = std::io::stderr().is_terminal();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
@@ -39,15 +47,20 @@ fn log(level: &str) {
         .init();
 }
 
+/// A line for each knob that does nothing.
+fn warn(args: &ParsedArgs) {
+    for warning in &args.warnings {
+        tracing::warn!("{warning}");
+    }
+}
+
 fn serve(args: ParsedArgs) -> ExitCode {
     if let Err(error) = mlxworker::serve::environment::apply(&args.knobs) {
         complain(&format!("cannot start again with MLX's variables set: {error}"));
         return ExitCode::FAILURE;
     }
-    log(&args.knobs.log_level);
-    for warning in &args.warnings {
-        tracing::warn!("{warning}");
-    }
+    log(&args);
+    warn(&args);
     die_with_parent();
     // One thread for all of HTTP: the engine's two are what the machine's cores are for, and a runtime of several threads
     // wakes a second one for every token, to look for work that is not there.
@@ -66,7 +79,7 @@ fn serve(args: ParsedArgs) -> ExitCode {
             tracing::info!("ended: {ending:?}");
             0
         }
-        Err(Failed) => 1,
+        Err(Failed { code }) => code,
     };
     mlx_ext::exit_now(code)
 }
@@ -205,9 +218,10 @@ fn bench(args: &[String]) -> ExitCode {
 }
 
 fn run_bench(mut args: ParsedArgs, line: &BenchLine) -> anyhow::Result<String> {
-    mlxworker::serve::environment::apply(&args.knobs)?;
+    mlxworker::serve::environment::apply(&args.knobs).context("starting again with MLX's variables set")?;
     let streams = line.wishes.iter().map(|wish| wish.streams).max().unwrap_or(1);
-    log(&args.knobs.log_level);
+    log(&args);
+    warn(&args);
     args.knobs.max_num_seqs = args.knobs.max_num_seqs.max(streams as u64);
     let folder = mlxworker::serve::resolve_model(&args.model, &HubPlaces::from_environment())?;
     let usual = mlxworker::serve::default_sampling(&args.knobs, &folder)?;

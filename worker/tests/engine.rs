@@ -15,7 +15,7 @@ use mlxworker::backend::{
     Backend, EngineError, EngineState, GenerateRequest, Generation, GenerationEvent, SamplingParams,
     SubmitError,
 };
-use mlxworker::engine::{Engine, EngineConfig};
+use mlxworker::engine::{Dequantize, Engine, EngineConfig};
 use tokio::time::timeout;
 
 const VOCAB: usize = 128;
@@ -289,4 +289,95 @@ async fn places_for_more_than_the_cache_has_blocks() {
         matches!(events.last(), Some(GenerationEvent::Finished { usage, .. }) if usage.completion_tokens == 20),
         "{events:?}"
     );
+}
+
+/// When to come back is foretold from how places have been given back.
+#[tokio::test]
+async fn a_full_queue_says_when_to_come_back() {
+    let engine = engine(1, 0).await;
+    let refused = |engine: &Engine| match engine.submit(request(1, None)) {
+        Err(SubmitError::QueueFull { retry_after, .. }) => retry_after,
+        other => panic!("{other:?}"),
+    };
+    let first = running(&engine).await;
+    assert_eq!(refused(&engine), Duration::from_secs(5), "nobody knows yet");
+    drop(first);
+    settled(&engine, 0, 0).await;
+    for _ in 0..8 {
+        all(engine.submit(request(2, None)).unwrap()).await;
+        settled(&engine, 0, 0).await;
+    }
+    let busy = running(&engine).await;
+    assert_eq!(
+        refused(&engine),
+        Duration::from_secs(1),
+        "short ones have ended one after the other"
+    );
+    drop(busy);
+}
+
+/// Half-precision tensors at even addresses that are no multiples of four can be used where they are, packed integers cannot:
+/// the whole file and copies are held, and so they are planned.
+#[tokio::test]
+async fn weights_that_lie_twice_in_memory_are_planned_twice() {
+    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-4bit-untied");
+    let folder = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, folder.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let file = folder.path().join("model.safetensors");
+    let packed = to_half_and_shift(&file);
+    let length = std::fs::metadata(&file).unwrap().len();
+    let config = EngineConfig {
+        dequantize: Dequantize::Off,
+        ..EngineConfig::new(folder.path().to_path_buf())
+    };
+    let engine = Engine::start(config, |_| {}).await.unwrap();
+    let limit = |name: &str| engine.info().limits[name].as_u64().unwrap();
+    assert_eq!(limit("weights_copied_bytes"), packed);
+    assert!(limit("weights_mapped_bytes") > 0);
+    assert!(
+        limit("weight_bytes") >= length + packed,
+        "{} planned; the file's {length} are held, and {packed} copied",
+        limit("weight_bytes")
+    );
+}
+
+/// Makes all floats of a safetensors file bfloat16, puts packed integers first, and lets the data begin at an address that is
+/// 2 more than a multiple of 4. Gives the bytes of packed integers.
+fn to_half_and_shift(file: &Path) -> u64 {
+    let bytes = std::fs::read(file).unwrap();
+    let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let header: serde_json::Map<String, serde_json::Value> =
+        serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+    let mut tensors: Vec<_> = header
+        .into_iter()
+        .filter(|(name, _)| name != "__metadata__")
+        .collect();
+    tensors.sort_by_key(|(_, tensor)| tensor["dtype"] != "U32");
+    let (mut data, mut packed) = (Vec::new(), 0);
+    for (_, tensor) in &mut tensors {
+        let place = |end: usize| tensor["data_offsets"][end].as_u64().unwrap() as usize;
+        let old = &bytes[8 + length..][place(0)..place(1)];
+        let start = data.len();
+        if tensor["dtype"] == "U32" {
+            data.extend(old);
+            packed += old.len() as u64;
+        } else {
+            data.extend(old.chunks(4).flat_map(|float| [float[2], float[3]]));
+            tensor["dtype"] = "BF16".into();
+        }
+        tensor["data_offsets"] = serde_json::json!([start, data.len()]);
+    }
+    let map: serde_json::Map<String, serde_json::Value> = tensors.into_iter().collect();
+    let mut header = serde_json::Value::Object(map).to_string();
+    while (8 + header.len()) % 4 != 2 {
+        header.push(' ');
+    }
+    let mut changed = (header.len() as u64).to_le_bytes().to_vec();
+    changed.extend(header.bytes());
+    changed.extend(data);
+    std::fs::write(file, changed).unwrap();
+    packed
 }

@@ -40,6 +40,8 @@ fn program(model: &Path, arguments: &[&str]) -> Command {
 struct Worker {
     child: Child,
     socket: Option<BufReader<UnixStream>>,
+    /// What has been heard of its start: phase, done, total.
+    progress: Vec<(String, u64, u64)>,
 }
 
 impl Drop for Worker {
@@ -62,6 +64,7 @@ impl Worker {
         Self {
             child,
             socket: Some(BufReader::new(ours)),
+            progress: Vec::new(),
         }
     }
 
@@ -85,7 +88,9 @@ impl Worker {
                     return (port, json!({"model": model, "limits": limits}));
                 }
                 WorkerEvent::Loading { phase, done, total } => {
-                    assert!(["weights", "pages"].contains(&phase.as_str()) && done <= total && total > 0);
+                    let phases = ["weights", "pages", "warm-up", "warm-prompts"];
+                    assert!(phases.contains(&phase.as_str()) && done <= total && total > 0);
+                    self.progress.push((phase, done, total));
                 }
                 other => panic!("{other:?}"),
             }
@@ -188,7 +193,9 @@ fn a_proxy_gets_ready_heartbeats_and_answers() {
 fn mlx_variables_are_in_the_environment_from_the_start() {
     let flags = ["--mlx-max-ops-per-buffer", "17", "--mlx-max-mb-per-buffer=23"];
     let mut worker = Worker::supervised(&demo(), &flags);
-    worker.ready();
+    let (_, ready) = worker.ready();
+    assert_eq!(ready["limits"]["mlx_max_ops_per_buffer"], 17);
+    assert_eq!(ready["limits"]["mlx_max_mb_per_buffer"], 23);
     let environment = std::fs::read(format!("/proc/{}/environ", worker.child.id())).unwrap();
     let environment = String::from_utf8_lossy(&environment);
     let variables: Vec<&str> = environment.split('\0').collect();
@@ -196,6 +203,56 @@ fn mlx_variables_are_in_the_environment_from_the_start() {
         assert!(variables.contains(&variable), "{variables:?}");
     }
     assert!(variables.contains(&"MLXWORKER_CONTROL=stdin"));
+}
+
+/// What a proxy was told of its own log says nothing of the worker's.
+#[test]
+fn a_log_level_that_is_given_goes_before_the_environment() {
+    let said = |variable: &str, arguments: &[&str]| {
+        // Ends once it has loaded: there is no kernel on a CPU.
+        let mut arguments = arguments.to_vec();
+        arguments.extend(["--attention", "kernel", "--download-retries", "3"]);
+        let output = program(&demo(), &arguments)
+            .env("RUST_LOG", variable)
+            .output()
+            .unwrap();
+        let text = String::from_utf8(output.stderr).unwrap();
+        (text.contains(" INFO "), text.contains("DEBUG"), text)
+    };
+    let (info, debug, text) = said("swapd=debug", &[]);
+    assert!(info && !debug, "{text}");
+    assert!(
+        text.contains("--download-retries 3 has no meaning here"),
+        "{text}"
+    );
+    let (info, debug, text) = said("mlxworker=debug,warn", &["--log-level", "info"]);
+    assert!(info && !debug, "{text}");
+    let (info, _, text) = said("mlxworker=error", &[]);
+    assert!(!info, "{text}");
+    let (info, _, text) = said("mlxworker=debug", &["--log-level", "warn"]);
+    assert!(!info, "{text}");
+}
+
+/// A benchmark takes the flags of a worker, and means them.
+#[test]
+fn a_benchmark_minds_the_flags_of_serve() {
+    let output = Command::new(env!("CARGO_BIN_EXE_mlxworker"))
+        .arg("bench")
+        .arg(demo())
+        .args(["--prompt-tokens", "4", "--tokens", "4", "--rounds", "1"])
+        .args(["--mlx-max-ops-per-buffer", "17", "--download-retries", "3"])
+        .env_remove("RUST_LOG")
+        .env_remove(CONTROL_ENV)
+        .env("MLX_MAX_OPS_PER_BUFFER", "99")
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success(), "{stderr}");
+    assert!(
+        stderr.contains("--download-retries 3 has no meaning here"),
+        "{stderr}"
+    );
+    assert!(stderr.contains("MLX_MAX_OPS_PER_BUFFER=17"), "{stderr}");
 }
 
 /// However weights come into memory, the replies are the same.
@@ -206,6 +263,10 @@ fn weights_can_be_read_instead_of_mapped() {
         let (port, ready) = worker.ready();
         let copied = ready["limits"]["weights_copied_bytes"].as_u64().unwrap();
         assert!(how == "mmap" || copied > 1 << 20, "{ready}");
+        let between =
+            |(phase, done, total): &&(String, u64, u64)| phase == "weights" && *done > 0 && done < total;
+        let heard = worker.progress.iter().filter(between).count();
+        assert!(heard > 5, "while the files are read: {:?}", worker.progress);
         let mut body = chat(16);
         body["stream"] = false.into();
         let (status, text) = ask(port, "/v1/chat/completions", &body);
@@ -350,6 +411,17 @@ fn warm_prompts_are_known_to_the_prefix_cache() {
     .unwrap();
     let mut worker = Worker::supervised(&demo(), &["--warm-prompts", file.to_str().unwrap()]);
     let (port, _) = worker.ready();
+    // A proxy gives up who is silent for long: every phase of a start is heard of.
+    for phase in ["weights", "warm-up", "warm-prompts"] {
+        let of = |at: fn(u64, u64) -> bool| {
+            let mut all = worker.progress.iter();
+            all.any(|(name, done, total)| name == phase && at(*done, *total))
+        };
+        assert!(
+            of(|done, _| done == 0) && of(|done, total| done == total),
+            "{phase}"
+        );
+    }
     let mut body = chat(1);
     body["stream"] = false.into();
     body["messages"] = json!([system, {"role": "user", "content": "Another question"}]);
@@ -457,7 +529,11 @@ fn on_its_own_it_prints_its_address_and_ends_on_sigterm() {
         port = address.and_then(|port| port.parse::<u16>().ok());
         line.clear();
     }
-    let mut worker = Worker { child, socket: None };
+    let mut worker = Worker {
+        child,
+        socket: None,
+        progress: Vec::new(),
+    };
     let port = port.expect("no address on stderr");
     let (status, text) = ask(port, "/health", &Value::Null);
     assert_eq!(status, 200, "{text}");

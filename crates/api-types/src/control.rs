@@ -18,12 +18,13 @@ pub const CONTROL_STDIN: &str = "stdin";
 pub enum WorkerEvent {
     /// Still starting.
     Loading {
-        /// What is going on, such as `weights` or `warm-up`.
+        /// What is going on: `weights` (taken from their files) and `pages` (files read ahead), in bytes; `warm-up`, in
+        /// steps; `warm-prompts`, in tokens.
         phase: String,
-        /// Bytes done.
+        /// Of it done.
         #[serde(default)]
         done: u64,
-        /// Bytes in all; 0 when unknown.
+        /// Of it in all; 0 when unknown.
         #[serde(default)]
         total: u64,
     },

@@ -50,7 +50,7 @@ mod template;
 pub use jiff::civil::DateTime;
 pub use output::{
     CallOutcome, Delivery, Delta, EndReason, MalformedReason, OutputConfig, OutputParser, ParsedOutput,
-    Reasoning, ToolCall, ToolFormat, ToolSet, UnknownToolFormat,
+    Reasoning, ReasoningFormat, ToolCall, ToolFormat, ToolSet, UnknownReasoningFormat, UnknownToolFormat,
 };
 pub use stop::StopMatcher;
 pub use template::{ChatTemplate, Clock, ContentStyle, RenderInputs, TemplateError, system_clock};

@@ -93,6 +93,13 @@ pub fn reference_markdown() -> String {
                     let _ = write!(text, " **Refused:** {why}.");
                 }
             }
+            if !knob.to_come.is_empty() {
+                let _ = write!(
+                    text,
+                    " **Refused, as they are not available yet:** {}.",
+                    knob.to_come.join(", ")
+                );
+            }
             let default = match knob.default {
                 Fixed::None => "–".to_owned(),
                 _ => format!("`{}`", default_text(knob)),

@@ -164,6 +164,8 @@ pub struct Knob {
     pub group: Group,
     /// Kind of value and range.
     pub kind: Kind,
+    /// Names of an enumeration that are known and cannot be had yet: refused, and not as if they were misspelt.
+    pub to_come: &'static [&'static str],
     /// Default.
     pub default: Fixed,
     /// Unit of the number, empty if it has none.
@@ -219,7 +221,7 @@ impl Knob {
     /// Checks a JSON value (what YAML parses to) against kind and range. Whole floats pass as whole numbers.
     ///
     /// # Errors
-    /// [`KnobError::BadValue`] or [`KnobError::OutOfRange`], which show the knob as `name`.
+    /// [`KnobError::BadValue`], [`KnobError::OutOfRange`] or [`KnobError::NotYet`], which show the knob as `name`.
     pub fn check(&self, name: &str, value: &serde_json::Value) -> Result<Value, KnobError> {
         use serde_json::Value as J;
         let bad = || self.bad(name, &shown(value));
@@ -240,7 +242,7 @@ impl Knob {
     /// Checks the text of a command-line value against kind and range.
     ///
     /// # Errors
-    /// [`KnobError::BadValue`] or [`KnobError::OutOfRange`], which show the knob as `name`.
+    /// [`KnobError::BadValue`], [`KnobError::OutOfRange`] or [`KnobError::NotYet`], which show the knob as `name`.
     pub fn check_text(&self, name: &str, text: &str) -> Result<Value, KnobError> {
         let bad = || self.bad(name, text);
         let checked = match self.kind {
@@ -264,6 +266,13 @@ impl Knob {
             // `--log-level INFO` is as good as `info`.
             (Kind::Enum(names), Value::Str(s)) => match names.iter().find(|n| n.eq_ignore_ascii_case(s)) {
                 Some(known) => return Ok(Value::Str((*known).to_owned())),
+                None if self.to_come.iter().any(|n| n.eq_ignore_ascii_case(s)) => {
+                    return Err(KnobError::NotYet {
+                        name: name.to_owned(),
+                        value: s.clone(),
+                        expected: self.expects(),
+                    });
+                }
                 None => return Err(self.bad(name, s)),
             },
             (Kind::Str, Value::Str(s)) => {
@@ -362,6 +371,16 @@ pub enum KnobError {
         /// As written.
         value: String,
         /// The range.
+        expected: String,
+    },
+    /// A name that is known and has nothing behind it yet.
+    #[error("{name}: `{value}` is refused: it is not available yet; expected {expected}")]
+    NotYet {
+        /// As written.
+        name: String,
+        /// As written.
+        value: String,
+        /// What there is.
         expected: String,
     },
     /// Two knobs contradict each other.

@@ -200,6 +200,15 @@ impl Settings {
             }
             knobs.max_num_seqs = 1;
         }
+        if let Some((knob, _)) = by_flag("prefill-step-size")
+            && let Kind::Int { min, .. } = knob.kind
+            && (1..min.unsigned_abs()).contains(&knobs.chunked_prefill_tokens)
+        {
+            return Err(KnobError::Conflict(format!(
+                "--chunked-prefill-tokens {}: must be 0, or at least the {min} of --prefill-step-size, which it stands for",
+                knobs.chunked_prefill_tokens
+            )));
+        }
         if knobs.chunked_prefill_tokens > 0 {
             knobs.prefill_step_size = knobs.chunked_prefill_tokens;
         }

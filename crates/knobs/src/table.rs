@@ -11,6 +11,7 @@ const ROW: Knob = Knob {
     off: &[],
     group: Group::Legacy,
     kind: Kind::Bool,
+    to_come: &[],
     default: Fixed::None,
     unit: "",
     help: "",
@@ -47,15 +48,13 @@ macro_rules! knob_table {
     };
 }
 
-/// Names of the tool-call formats; `auto` reads the model's template.
-const TOOL_PARSERS: &[&str] = &[
-    "auto",
-    "none",
+/// Names of the tool-call formats that replies are parsed for; `auto` reads the model's template. The worker's own test
+/// parses every name of these four lists.
+const TOOL_PARSERS: &[&str] = &["auto", "none", "hermes", "nous", "qwen", "qwen3"];
+
+/// The predecessor's other ones: known, and refused as long as they are not to be had.
+const TOOL_PARSERS_TO_COME: &[&str] = &[
     "generic",
-    "hermes",
-    "nous",
-    "qwen",
-    "qwen3",
     "qwen3_xml",
     "qwen3.5",
     "qwen3_coder",
@@ -90,17 +89,15 @@ const TOOL_PARSERS: &[&str] = &[
     "poolside_v1",
 ];
 
-/// Names of the reasoning formats; `auto` reads the model's template.
-const REASONING_PARSERS: &[&str] = &[
-    "auto",
-    "none",
-    "qwen3",
-    "deepseek_r1",
+/// Names of the reasoning formats, which are one (`<think>`); `auto` reads the model's template.
+const REASONING_PARSERS: &[&str] = &["auto", "none", "qwen3", "deepseek_r1", "glm4"];
+
+/// As [`TOOL_PARSERS_TO_COME`].
+const REASONING_PARSERS_TO_COME: &[&str] = &[
     "deepseek_v4",
     "gpt_oss",
     "harmony",
     "gemma4",
-    "glm4",
     "mistral",
     "poolside_v1",
     "step3p5",
@@ -136,7 +133,10 @@ knob_table! {
         reason: "a port that nobody chose can collide with nobody, not even with a worker that is still dying",
     }
     /// Model name in the API. Unset: the model argument as written, for a path its last part.
-    served_model_name: Option<String> = "served-model-name" { group: Group::Server, kind: Kind::Str }
+    served_model_name: Option<String> = "served-model-name" {
+        group: Group::Server, kind: Kind::Str,
+        reason: "a client that names the model as it was started must find it",
+    }
     /// Key that requests must carry, as `Authorization: Bearer` or `x-api-key`.
     api_key: Option<String> = "api-key" {
         group: Group::Server, kind: Kind::Str, secret: true,
@@ -149,10 +149,12 @@ knob_table! {
         group: Group::Server, kind: SECONDS, default: Fixed::Float(300.0), unit: "s",
         reason: "a total limit of 300 s cut long replies in mid-generation; silence is what shows a hang",
     }
-    /// How much is written to stderr.
+    /// How much is written to stderr. Unset, RUST_LOG adds to the default (`RUST_LOG=mlxworker=debug`); a level that is
+    /// given goes before RUST_LOG, which a worker inherits from swapd.
     log_level: String = "log-level" {
         group: Group::Server, kind: Kind::Enum(&["error", "warn", "info", "debug", "trace"]),
         default: Fixed::Str("info"),
+        reason: "one line for each thing that happens to the worker, and none for a token",
     }
     /// Serve Prometheus metrics at `/metrics`.
     enable_metrics: bool = "enable-metrics" {
@@ -207,6 +209,7 @@ knob_table! {
     /// generation_config.json, else 0.
     default_min_p: Option<f64> = "default-min-p" {
         group: Group::Sampling, aliases: &["min-p"], kind: Kind::Float { min: 0.0, max: 1.0 },
+        reason: "the model's authors have measured theirs; where they say nothing, --default-top-p cuts the tail off already",
     }
     /// Penalty for any token that the reply already has, when the request does not say.
     default_presence_penalty: f64 = "default-presence-penalty" {
@@ -224,11 +227,14 @@ knob_table! {
     /// generation_config.json, else 1.
     default_repetition_penalty: Option<f64> = "default-repetition-penalty" {
         group: Group::Sampling, kind: Kind::Float { min: 0.01, max: 10.0 },
+        reason: "the model's authors have measured theirs; it counts the prompt too, so that it penalises names and code that \
+                 a reply has to repeat",
     }
 
     /// Variables for the chat template, as a JSON object; a request's own come on top.
     default_chat_template_kwargs: Option<Map<String, serde_json::Value>> = "default-chat-template-kwargs" {
         group: Group::Chat, aliases: &["chat-template-args"], kind: Kind::Json,
+        reason: "the template has defaults of its own for what nobody sets, such as `enable_thinking`",
     }
     /// Parse tool calls out of the reply when the request brings tools.
     enable_auto_tool_choice: bool = "enable-auto-tool-choice" {
@@ -237,12 +243,12 @@ knob_table! {
     }
     /// Format of the model's tool calls; `auto` reads it from the chat template.
     tool_call_parser: String = "tool-call-parser" {
-        group: Group::Chat, kind: Kind::Enum(TOOL_PARSERS), default: Fixed::Str("auto"),
+        group: Group::Chat, kind: Kind::Enum(TOOL_PARSERS), to_come: TOOL_PARSERS_TO_COME, default: Fixed::Str("auto"),
         reason: "a parser chosen by hand for another model gave empty function names",
     }
     /// Format of the model's reasoning; `auto` reads it from the chat template.
     reasoning_parser: String = "reasoning-parser" {
-        group: Group::Chat, kind: Kind::Enum(REASONING_PARSERS), default: Fixed::Str("auto"),
+        group: Group::Chat, kind: Kind::Enum(REASONING_PARSERS), to_come: REASONING_PARSERS_TO_COME, default: Fixed::Str("auto"),
         reason: "a parser chosen by hand for another model swallowed its tool calls",
     }
 
@@ -348,9 +354,11 @@ knob_table! {
         group: Group::Memory, kind: Kind::Int { min: 16, max: 1_048_576 }, unit: "MiB",
         reason: "32 GiB drove a 128 GB machine into 24 GB of swap and one token a second; 8 GiB did not",
     }
-    /// Memory reserved for the KV cache, as a share of all memory. --cache-memory-mb goes before it.
+    /// Memory reserved for the KV cache, as a share of all memory: the GPU's where it has its own, else the machine's.
+    /// --cache-memory-mb goes before it.
     cache_memory_percent: Option<f64> = "cache-memory-percent" {
         group: Group::Memory, kind: Kind::Float { min: 0.001, max: 0.9 }, unit: "share",
+        reason: "a share means more on a larger machine, whatever the model; the default knows the model, and has a bound",
     }
     /// Hard ceiling of this worker, as a share of the memory that the GPU may use (all memory, on the CPU): weights, KV
     /// cache, the largest step and kept buffers must fit under it, or the worker does not start.
@@ -374,6 +382,7 @@ knob_table! {
     /// Most KV blocks. Unset: as many as the reservation holds.
     max_cache_blocks: Option<u64> = "max-cache-blocks" {
         group: Group::Memory, kind: COUNT, unit: "blocks",
+        reason: "bytes are what is short; a number of blocks is for comparing runs of different block sizes",
     }
     /// Reuse the KV of prompts that begin alike. Needs --use-paged-cache. Off: a request for `n` choices computes its prompt
     /// `n` times.
@@ -385,6 +394,7 @@ knob_table! {
     /// knows them: `[[{"role": "system", "content": "..."}], ...]`.
     warm_prompts: Option<String> = "warm-prompts" {
         group: Group::Memory, kind: Kind::Str,
+        reason: "only its user knows which beginnings come again, and each makes every start longer",
     }
     /// Most tokens of KV for one request.
     max_kv_size: Option<u64> = "max-kv-size" {
@@ -421,11 +431,16 @@ knob_table! {
     /// environment says, else MLX's choice for the chip.
     mlx_max_ops_per_buffer: Option<u64> = "mlx-max-ops-per-buffer" {
         group: Group::Memory, kind: Kind::Int { min: 1, max: 1_000_000 }, unit: "operations",
+        reason: "a buffer's end costs the host time: with 1000 instead of 50, others measured decoding 3 to 21 % faster on M1 to \
+                 M4, but prefills that took twice the memory (36 GB for 20), and no gain on M5; so MLX's own choice stays \
+                 until somebody has measured the machine at hand",
     }
-    /// Megabytes touched by one command buffer: MLX_MAX_MB_PER_BUFFER in the worker's environment. Unset: what the
-    /// environment says, else MLX's choice for the chip.
+    /// What one command buffer may touch, in millions (MLX counts elements there, not bytes): MLX_MAX_MB_PER_BUFFER in the
+    /// worker's environment. Unset: what the environment says, else MLX's choice for the chip.
     mlx_max_mb_per_buffer: Option<u64> = "mlx-max-mb-per-buffer" {
         group: Group::Memory, kind: Kind::Int { min: 1, max: 1_000_000 }, unit: "MB",
+        reason: "it ends a buffer before --mlx-max-ops-per-buffer does where matrices are large: who raises one raises both, \
+                 and looks at the memory of a long prefill",
     }
     /// Directory for KV that no longer fits into memory.
     ssd_cache_dir: Option<String> = "ssd-cache-dir" {

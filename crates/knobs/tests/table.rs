@@ -9,8 +9,7 @@
 use std::collections::HashSet;
 
 use knobs::{
-    Command, Effect, Fixed, Kind, KnobError, Knobs, Settings, TABLE, by_flag, by_yaml_key, parse_args,
-    parse_command,
+    Command, Effect, Kind, KnobError, Knobs, Settings, TABLE, by_flag, by_yaml_key, parse_args, parse_command,
 };
 use proptest::prelude::*;
 use serde_json::json;
@@ -58,13 +57,12 @@ fn every_default_lies_in_its_own_range_and_has_a_text() {
                 knob.flag
             );
         }
-        if knob.default != Fixed::None && knob.effect == Effect::Active && knob.flag != "log-level" {
-            assert!(
-                !knob.reason.is_empty(),
-                "--{} has a default without a reason",
-                knob.flag
-            );
-        }
+        // No default is a choice too.
+        assert!(
+            knob.effect != Effect::Active || !knob.reason.trim().is_empty(),
+            "--{} without a reason",
+            knob.flag
+        );
     }
     let knobs = Knobs::default();
     assert_eq!(
@@ -303,6 +301,11 @@ fn a_length_that_is_given_alone_moves_the_other_one() {
         .unwrap()
         .knobs;
     assert_eq!(knobs.prefill_step_size, 128);
+    // No way around the other one's range.
+    for (tokens, fits) in [(0, true), (1, false), (15, false), (16, true)] {
+        let line = format!("m --chunked-prefill-tokens {tokens}");
+        assert_eq!(parse_args(&args(&line)).is_ok(), fits, "{tokens}");
+    }
 }
 
 #[test]
@@ -348,6 +351,43 @@ fn the_help_text_and_the_reference_name_every_flag() {
         parse_command(&args("serv m")).unwrap_err().to_string(),
         "unknown command `serv`; did you mean `serve`?"
     );
+}
+
+/// A parser that is known and not there yet must not pass the check of a registry, to fail at the worker's start.
+#[test]
+fn names_with_nothing_behind_them_are_refused_by_the_table() {
+    let page = knobs::reference_markdown();
+    for knob in TABLE {
+        let Kind::Enum(names) = knob.kind else {
+            assert!(knob.to_come.is_empty(), "{} is no enumeration", knob.flag);
+            continue;
+        };
+        for name in names {
+            assert!(
+                knob.check(knob.flag, &json!(name)).is_ok(),
+                "{} {name}",
+                knob.flag
+            );
+        }
+        for name in knob.to_come {
+            assert!(
+                !names.contains(name) && page.contains(name),
+                "{} {name}",
+                knob.flag
+            );
+            let error = Settings::new()
+                .set_yaml(&knob.yaml_key(), &json!(name))
+                .unwrap_err()
+                .to_string();
+            assert!(
+                error.contains(name) && error.contains("not available yet; expected one of auto, none"),
+                "{error}"
+            );
+            assert!(parse_args(&args(&format!("m --{} {name}", knob.flag))).is_err());
+        }
+    }
+    let (parser, _) = by_flag("tool-call-parser").unwrap();
+    assert!(parser.to_come.contains(&"qwen3_coder"));
 }
 
 /// Any knob with any value in its range.

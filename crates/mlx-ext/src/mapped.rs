@@ -33,6 +33,7 @@ struct Mapping {
     // Dropped before the mapping.
     _known: Known,
     map: Mmap,
+    file: File,
 }
 
 impl MappedFile {
@@ -51,17 +52,29 @@ impl MappedFile {
             return Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is empty"));
         }
         // A disk that fails is an error here, and a signal later.
-        for offset in [0, length - 1] {
-            file.read_exact_at(&mut [0], offset)?;
-        }
+        read_ends(&file, length)?;
         // SAFETY: the mapping is private and read-only. Another process that writes to a model file while it is in use
         // changes the numbers that inference reads; it cannot break memory safety here, because the bytes are only
         // ever read as plain numbers, apart from the header, which is parsed from a checked copy of them.
         let map = unsafe { Mmap::map(&file)? };
         let known = Known::new(&map, path);
         Ok(Self {
-            mapping: Arc::new(Mapping { _known: known, map }),
+            mapping: Arc::new(Mapping {
+                _known: known,
+                map,
+                file,
+            }),
         })
+    }
+
+    /// Reads the first and the last byte, not through the mapping: a page that is gone is an error and no signal then.
+    /// Blocks as long as the file's volume lets it.
+    ///
+    /// # Errors
+    ///
+    /// The system's: the volume is gone, or the file is shorter than it was.
+    pub fn read_ends(&self) -> io::Result<()> {
+        read_ends(&self.mapping.file, self.mapping.map.len() as u64)
     }
 
     /// The file's bytes.
@@ -120,6 +133,14 @@ impl MappedFile {
             in_place,
         })
     }
+}
+
+/// The first and the last of `length` bytes, which are not 0.
+fn read_ends(file: &File, length: u64) -> io::Result<()> {
+    for offset in [0, length - 1] {
+        file.read_exact_at(&mut [0], offset)?;
+    }
+    Ok(())
 }
 
 /// Bytes of a page of memory.

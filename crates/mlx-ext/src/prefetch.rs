@@ -9,7 +9,8 @@ use crate::mapped::{MappedFile, page_size};
 /// Bytes asked for at a time: enough for the disk to be busy, few enough to stop soon.
 const SLICE: usize = 32 << 20;
 
-/// A thread of low priority that reads mapped files. Dropping it stops it and waits for that.
+/// A thread of low priority that reads mapped files. Dropping it stops it, without waiting for that: the thread may stand
+/// in the page fault of a volume that never answers.
 #[derive(Debug)]
 pub struct Prefetch {
     stop: Arc<AtomicBool>,
@@ -52,10 +53,6 @@ impl Prefetch {
 
     /// Waits until everything has been read.
     pub fn finish(mut self) {
-        self.join();
-    }
-
-    fn join(&mut self) {
         if let Some(thread) = self.thread.take() {
             // It has nothing to tell; a panic of `progress` has been printed.
             let _ = thread.join();
@@ -66,7 +63,6 @@ impl Prefetch {
 impl Drop for Prefetch {
     fn drop(&mut self) {
         self.stop.store(true, Relaxed);
-        self.join();
     }
 }
 
@@ -143,9 +139,16 @@ mod tests {
         })
         .unwrap();
         assert_eq!(seen.recv(), Ok(SLICE as u64));
-        prefetch.stop.store(true, Relaxed);
+        // On a thread of its own, so that one that waits for ever fails and does not hang.
+        let (dropped, is_dropped) = channel();
+        std::thread::spawn(move || {
+            drop(prefetch);
+            dropped.send(()).unwrap();
+        });
+        is_dropped
+            .recv_timeout(std::time::Duration::from_secs(30))
+            .expect("it waited for a thread that stands still");
         drop(go);
-        drop(prefetch);
         assert!(seen.recv().is_err(), "nothing after the stop");
     }
 }

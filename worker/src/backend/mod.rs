@@ -36,6 +36,11 @@ pub trait Backend: Send + Sync + 'static {
     /// Counters, read from atomics.
     fn stats(&self) -> EngineStats;
 
+    /// Whether the engine died since its weights can no longer be read.
+    fn weights_lost(&self) -> bool {
+        false
+    }
+
     /// Whether the engine lives. Changes at most once, from [`EngineState::Running`] to [`EngineState::Dead`]; the
     /// process then tells its clients and exits non-zero.
     fn state(&self) -> watch::Receiver<EngineState>;

@@ -4,6 +4,16 @@ use mlx_rs::error::Exception;
 
 use super::memory::{DeviceFacts, DeviceKind, MemoryPlan};
 
+/// Variables that MLX reads when it is first used: what one command buffer may hold.
+pub const MAX_OPS_PER_BUFFER: &str = "MLX_MAX_OPS_PER_BUFFER";
+/// See [`MAX_OPS_PER_BUFFER`].
+pub const MAX_MB_PER_BUFFER: &str = "MLX_MAX_MB_PER_BUFFER";
+
+/// What MLX finds in such a variable; `None`: its own choice for the chip is in force.
+pub(super) fn setting(variable: &str) -> Option<i64> {
+    std::env::var(variable).ok()?.trim().parse().ok()
+}
+
 /// Asks what memory there is, before anything is loaded.
 ///
 /// # Errors

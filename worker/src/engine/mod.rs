@@ -98,6 +98,8 @@ pub struct EngineConfig {
     /// Bytes for the KV cache; `None`: the smallest of 8 GiB, 1/16 of memory, and four whole contexts for each sequence
     /// that may run.
     pub kv_bytes: Option<u64>,
+    /// The same as a share of memory: the machine's, or a CUDA device's. `kv_bytes` goes before it.
+    pub kv_share: Option<f64>,
     /// Most blocks of the KV cache, whatever its bytes would allow.
     pub max_blocks: Option<usize>,
     /// Tokens in a block of the KV cache, a power of two.
@@ -132,6 +134,7 @@ impl EngineConfig {
             step_budget: 1 << 24,
             watchdog: Duration::from_secs(120),
             kv_bytes: Some(64 << 20),
+            kv_share: None,
             max_blocks: None,
             block_size: 32,
             kv_quantization: None,
@@ -300,7 +303,7 @@ impl Backend for Engine {
                 .place(self.info.capacity)
                 .map_err(|taken| SubmitError::QueueFull {
                     waiting: taken.saturating_sub(self.counters.running.load(Relaxed)),
-                    retry_after: Duration::from_secs(1),
+                    retry_after: self.counters.next_place(),
                 })?;
             let (sender, events) = tokio::sync::mpsc::channel(event_capacity(request.max_tokens));
             group.push(Arrival {
@@ -309,6 +312,9 @@ impl Backend for Engine {
                 place,
             });
             generations.push(Generation { events });
+        }
+        for arrival in &mut group {
+            arrival.place.hold();
         }
         // There is room for as many as have a place, so that a failure means that the thread is gone.
         self.commands
@@ -323,6 +329,10 @@ impl Backend for Engine {
 
     fn stats(&self) -> EngineStats {
         self.counters.read()
+    }
+
+    fn weights_lost(&self) -> bool {
+        self.counters.weights_lost.load(Relaxed)
     }
 
     fn state(&self) -> watch::Receiver<EngineState> {
@@ -378,6 +388,8 @@ fn limits(
         "weights_in_place": storage.in_place,
         "weights_copied_bytes": storage.copied_bytes,
         "weights_expanded": options.expand,
+        "mlx_max_ops_per_buffer": device::setting(device::MAX_OPS_PER_BUFFER),
+        "mlx_max_mb_per_buffer": device::setting(device::MAX_MB_PER_BUFFER),
     });
     if let serde_json::Value::Object(map) = value {
         limits.extend(map);

@@ -20,6 +20,7 @@ use super::stepper::{DecodeRow, Fault, Landed, Stepper};
 use super::{EngineConfig, StartError};
 use crate::backend::{EngineError, EngineState, GenerateRequest, GenerationEvent, Miss, ModelInfo};
 use crate::model::LoadProgress;
+use crate::model::weights::{self, WeightFile};
 
 /// What the handle asks of the thread.
 #[derive(Debug)]
@@ -37,6 +38,9 @@ pub(super) struct Arrival {
     pub(super) events: mpsc::Sender<GenerationEvent>,
     pub(super) place: Place,
 }
+
+/// Longest time for a volume to give two bytes of a file: a disk that had stopped turning takes ten seconds.
+const LOOK_LIMIT: Duration = Duration::from_secs(30);
 
 /// An idle engine wakes this often, to show that it lives.
 const IDLE_TURN: Duration = Duration::from_millis(500);
@@ -97,6 +101,7 @@ struct Loop<'a> {
     stopping: &'a AtomicBool,
     scheduler: Scheduler,
     stepper: Stepper,
+    weight_files: Vec<WeightFile>,
     sequences: HashMap<SeqId, Sequence>,
     next_id: u64,
     /// The handle is gone, and with it everybody who could ask for something.
@@ -119,6 +124,7 @@ impl<'a> Loop<'a> {
             stopping,
             scheduler: parts.scheduler,
             stepper: parts.stepper,
+            weight_files: parts.weight_files,
             sequences: HashMap::new(),
             next_id: 0,
             abandoned: false,
@@ -392,7 +398,15 @@ impl<'a> Loop<'a> {
     fn fail_running(&mut self, error: &Exception) -> Result<(), Broken> {
         let gone = self.scheduler.fail_running();
         self.stepper.abandon();
-        self.answer(gone, error)
+        self.answer(gone, error)?;
+        // A device that adds two numbers may still have nothing to read its weights from, and would fail with every request.
+        match weights::lost(&self.weight_files, LOOK_LIMIT) {
+            None => Ok(()),
+            Some(reason) => {
+                self.counters.weights_lost.store(true, Relaxed);
+                Err(Broken(format!("{}; {reason}", error.what())))
+            }
+        }
     }
 
     /// Tells the readers of sequences that are gone. When MLX cannot even add two numbers any more, the engine is done for.

@@ -12,7 +12,8 @@ use super::stepper::{DecodeRow, Stepper};
 use super::{AttentionChoice, Dequantize, EngineConfig, StartError, device, limits};
 use crate::backend::{ModelInfo, SamplingParams};
 use crate::model::config::ModelConfig;
-use crate::model::{LoadOptions, LoadProgress, Model};
+use crate::model::weights::WeightFile;
+use crate::model::{LoadOptions, LoadPhase, LoadProgress, Model};
 
 /// Fewest bytes of kept buffers, however small the model's steps are.
 const BUFFERS_LEAST: u64 = 64 << 20;
@@ -23,6 +24,41 @@ pub(super) struct Parts {
     pub(super) max_wait: Option<Duration>,
     pub(super) scheduler: Scheduler,
     pub(super) stepper: Stepper,
+    /// What the device reads the weights from, as long as it computes.
+    pub(super) weight_files: Vec<WeightFile>,
+}
+
+/// Counts the pieces of a warm-up for whoever waits for it.
+struct Steps<'a> {
+    progress: &'a mut dyn FnMut(LoadProgress),
+    done: u64,
+    total: u64,
+}
+
+impl<'a> Steps<'a> {
+    fn new(progress: &'a mut dyn FnMut(LoadProgress), total: usize) -> Self {
+        let mut steps = Self {
+            progress,
+            done: 0,
+            total: total as u64,
+        };
+        steps.report();
+        steps
+    }
+
+    /// One more has ended.
+    fn next(&mut self) {
+        self.done = (self.done + 1).min(self.total);
+        self.report();
+    }
+
+    fn report(&mut self) {
+        (self.progress)(LoadProgress {
+            phase: LoadPhase::WarmUp,
+            done: self.done,
+            total: self.total,
+        });
+    }
 }
 
 fn warm_up_error(error: Exception) -> StartError {
@@ -41,6 +77,11 @@ pub(super) fn start(
         blas = runtime.cpu_blas,
         "MLX"
     );
+    for variable in [device::MAX_OPS_PER_BUFFER, device::MAX_MB_PER_BUFFER] {
+        if let Some(value) = device::setting(variable) {
+            tracing::info!("{variable}={value}");
+        }
+    }
     blas_threads(runtime.device);
     let device = device::facts().map_err(warm_up_error)?;
     let model_config = ModelConfig::read(&config.model.join("config.json"))?;
@@ -62,7 +103,7 @@ pub(super) fn start(
     // Before anything is loaded: what cannot fit is refused in a moment, not after minutes.
     let wishes = MemoryWishes {
         utilization: config.memory_utilization,
-        kv_bytes: config.kv_bytes,
+        kv_bytes: kv_bytes(&config, &device),
         max_running: config.max_running,
         max_blocks: config.max_blocks,
         block_size: config.block_size,
@@ -70,7 +111,7 @@ pub(super) fn start(
     };
     let shape = step_shape(&config, &model_config, &device, context_length);
     let kv_shape = crate::model::kv_shape(&model_config, weights.element_bytes, config.kv_quantization);
-    let facts = MemoryFacts {
+    let mut facts = MemoryFacts {
         device,
         weight_bytes: weights.bytes,
         kv_bytes_per_token: kv_shape.bytes_per_token(),
@@ -86,6 +127,9 @@ pub(super) fn start(
         expand: weights.expand,
     };
     let model = Model::load(&config.model, options, progress)?;
+    // What the files' sizes do not tell.
+    facts.weight_bytes = facts.weight_bytes.max(model.storage().held_bytes);
+    let plan = MemoryPlan::new(&facts, &wishes)?;
     let positions = i32::try_from(plan.kv_tokens())
         .map_err(|_| StartError::WarmUp(format!("{} positions of KV are too many", plan.kv_tokens())))?;
     let mut info = ModelInfo {
@@ -99,6 +143,9 @@ pub(super) fn start(
         limits: serde_json::Map::new(),
     };
     let storage = model.storage();
+    let weight_files = model.device_reads().to_vec();
+    let tokens = plan.kv_tokens().min(context_length);
+    let mut steps = Steps::new(progress, warm_steps(&config, tokens, shape.fused_attention));
     let kernel_rows = (config.attention != AttentionChoice::Reference).then_some(config.max_running);
     let (mut stepper, kernels) = Stepper::new(
         model,
@@ -111,15 +158,10 @@ pub(super) fn start(
     if config.attention == AttentionChoice::Kernel && kernels.path != "kernels" {
         return Err(StartError::Attention(kernels.reason));
     }
+    steps.next();
     let before = mlx_rs::memory::active_memory().map_err(warm_up_error)?;
     mlx_rs::memory::reset_peak_memory().map_err(warm_up_error)?;
-    warm_up(
-        &mut stepper,
-        &config,
-        plan.kv_tokens().min(context_length),
-        shape.fused_attention,
-    )
-    .map_err(warm_up_error)?;
+    warm_up(&mut stepper, &config, tokens, shape.fused_attention, &mut steps).map_err(warm_up_error)?;
     let peak = mlx_rs::memory::peak_memory().map_err(warm_up_error)?;
     // Attention that writes its scores out is not driven to its longest context here, which could take minutes, nor any to
     // very many rows.
@@ -172,8 +214,20 @@ pub(super) fn start(
         max_wait: config.max_wait,
         scheduler,
         stepper,
+        weight_files,
     };
     Ok((parts, info))
+}
+
+/// What was asked for the KV cache: bytes, or a share of the memory that its default is taken from too.
+fn kv_bytes(config: &EngineConfig, device: &DeviceFacts) -> Option<u64> {
+    #[allow(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        clippy::cast_precision_loss
+    )]
+    let share = |share: f64| (device.memory_bytes as f64 * share) as u64;
+    config.kv_bytes.or_else(|| config.kv_share.map(share))
 }
 
 /// On the CPU, matrices get half of the cores unless `OPENBLAS_NUM_THREADS` says otherwise. A token's products are small, and
@@ -265,6 +319,22 @@ fn step_shape(
 /// More rows than this in a step are not tried at start, which would take long; the estimate stands for them.
 const MOST_WARM_ROWS: usize = 64;
 
+/// Rows of the warm-up's decodes, where a sequence may have so many tokens: each has a block of its own.
+fn warm_rows(config: &EngineConfig, tokens: usize) -> usize {
+    config
+        .max_running
+        .clamp(1, MOST_WARM_ROWS)
+        .min((tokens / config.block_size).max(1))
+}
+
+/// Decodes of the warm-up.
+const WARM_DECODES: usize = 2;
+
+/// Pieces that the warm-up reports: the kernels' test, each prefill, each decode.
+fn warm_steps(config: &EngineConfig, tokens: usize, fused: bool) -> usize {
+    1 + usize::from(fused) + warm_rows(config, tokens) + WARM_DECODES
+}
+
 /// A real prefill and decodes, greedy and sampled, at the shapes that matter: the largest chunk over the longest context
 /// that a step may look back on, and as many rows as may run. Kernels are compiled and weights touched before anybody waits
 /// for it, the memory that the largest step needs is seen, and a model that cannot run is found before the port is
@@ -274,16 +344,14 @@ fn warm_up(
     config: &EngineConfig,
     tokens: usize,
     fused: bool,
+    steps: &mut Steps<'_>,
 ) -> Result<(), Exception> {
     let block_size = config.block_size;
     if fused {
         longest_chunk(stepper, config, tokens)?;
+        steps.next();
     }
-    // Each has a block of its own.
-    let rows = config
-        .max_running
-        .clamp(1, MOST_WARM_ROWS)
-        .min((tokens / block_size).max(1));
+    let rows = warm_rows(config, tokens);
     let room = (tokens / block_size / rows).saturating_mul(block_size);
     let prompt = vec![0_u32; config.prefill_chunk.min(room.saturating_sub(4)).clamp(1, 64)];
     let each = (prompt.len() + 2).div_ceil(block_size);
@@ -312,8 +380,11 @@ fn warm_up(
     for ((row, table), sampler) in (0..).zip(&tables).zip(&mut samplers) {
         let runs = super::stepper::runs(table, block_size, 0, prompt.len());
         stepper.prefill(SeqId(row), &prompt, 0, &runs, table, Some((sampler, None)))?;
+        // As a step of its own, so that its end is one.
+        stepper.wait()?;
+        steps.next();
     }
-    for step in 0..2 {
+    for step in 0..WARM_DECODES {
         stepper.begin();
         let position = prompt.len() + step;
         let rows = (0..)
@@ -333,6 +404,7 @@ fn warm_up(
         let mut samplers: Vec<&mut Sampler> = samplers.iter_mut().collect();
         stepper.decode(&rows, &mut samplers)?;
         stepper.read()?;
+        steps.next();
     }
     stepper.begin();
     stepper.read()?;
@@ -361,4 +433,74 @@ fn longest_chunk(stepper: &mut Stepper, config: &EngineConfig, tokens: usize) ->
     stepper.read()?;
     stepper.clear();
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Where the default is a share of a GPU's own memory, so is what is asked for as a share.
+    #[test]
+    fn a_share_for_the_cache_is_one_of_the_memory_it_lies_in() {
+        let device = DeviceFacts {
+            kind: DeviceKind::Cuda,
+            bytes: 80_000,
+            free_bytes: None,
+            memory_bytes: 80_000,
+        };
+        let config = EngineConfig {
+            kv_bytes: None,
+            kv_share: Some(0.25),
+            ..EngineConfig::new("folder".into())
+        };
+        assert_eq!(kv_bytes(&config, &device), Some(20_000));
+        let both = EngineConfig {
+            kv_bytes: Some(7),
+            ..config
+        };
+        assert_eq!(kv_bytes(&both, &device), Some(7));
+        let neither = EngineConfig {
+            kv_bytes: None,
+            kv_share: None,
+            ..both
+        };
+        assert_eq!(kv_bytes(&neither, &device), None);
+    }
+
+    /// A start that is alive says so with every piece of work, and never goes back.
+    #[test]
+    fn progress_moves_while_weights_are_taken_and_while_it_warms_up() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/moe-4bit-tied");
+        for mapped in [false, true] {
+            let config = EngineConfig {
+                mapped,
+                max_running: 3,
+                ..EngineConfig::new(folder.clone())
+            };
+            let mut seen = Vec::new();
+            start(config, &mut |progress| seen.push(progress)).unwrap();
+            let of = |phase: LoadPhase| -> Vec<LoadProgress> {
+                seen.iter()
+                    .filter(|progress| progress.phase == phase)
+                    .copied()
+                    .collect()
+            };
+            let (weights, warm_up) = (of(LoadPhase::Weights), of(LoadPhase::WarmUp));
+            assert_eq!(seen.len(), weights.len() + warm_up.len());
+            for phase in [&weights, &warm_up] {
+                assert!(
+                    phase.is_sorted_by_key(|progress| progress.done),
+                    "mapped {mapped}: {phase:?}"
+                );
+                let (first, last) = (phase.first().unwrap(), phase.last().unwrap());
+                assert!(
+                    first.done == 0 && last.done == last.total && last.total > 0,
+                    "{phase:?}"
+                );
+            }
+            let between = weights.iter().filter(|p| (1..p.total).contains(&p.done)).count();
+            assert!(between > 5, "mapped {mapped}: {weights:?}");
+            assert!(warm_up.len() > 5, "{warm_up:?}");
+        }
+    }
 }

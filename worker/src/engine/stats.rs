@@ -1,9 +1,11 @@
 //! The engine's counters: written by its thread once a step, read by anybody, without a lock.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use scheduler::Totals;
 
 use crate::backend::{CacheStats, EngineStats};
@@ -21,6 +23,14 @@ struct Cache {
     deduplicated_blocks: AtomicU64,
 }
 
+/// Places given back from which the next ones are foretold.
+const FREED_KEPT: usize = 16;
+/// Bounds of that: a client must not come back at once, nor hear of a time that nobody can know.
+const SOONEST_PLACE: Duration = Duration::from_secs(1);
+const LATEST_PLACE: Duration = Duration::from_secs(60);
+/// Before any has been given back: a short reply's time.
+const UNKNOWN_PLACE: Duration = Duration::from_secs(5);
+
 /// See [`EngineStats`] for what each one means.
 #[derive(Debug)]
 pub(super) struct Counters {
@@ -30,8 +40,12 @@ pub(super) struct Counters {
     pub(super) steps: AtomicU64,
     pub(super) running: AtomicUsize,
     pub(super) busy: AtomicBool,
+    /// The engine ends for this.
+    pub(super) weights_lost: AtomicBool,
     /// Submitted and not yet ended; see [`Place`].
     outstanding: AtomicUsize,
+    /// When the last places were given back, the oldest first.
+    freed: Mutex<VecDeque<Instant>>,
     pub(super) kv_used_bytes: AtomicU64,
     pub(super) prefill_tokens: AtomicU64,
     pub(super) decode_tokens: AtomicU64,
@@ -52,7 +66,9 @@ impl Counters {
             steps: AtomicU64::default(),
             running: AtomicUsize::default(),
             busy: AtomicBool::default(),
+            weights_lost: AtomicBool::default(),
             outstanding: AtomicUsize::default(),
+            freed: Mutex::default(),
             kv_used_bytes: AtomicU64::default(),
             prefill_tokens: AtomicU64::default(),
             decode_tokens: AtomicU64::default(),
@@ -69,9 +85,25 @@ impl Counters {
     /// A place for one more request, unless `capacity` are taken; the number taken otherwise.
     pub(super) fn place(self: &Arc<Self>, capacity: usize) -> Result<Place, usize> {
         let taken = self.outstanding.fetch_add(1, Relaxed);
-        // From here on dropping it gives it back.
-        let place = Place(Arc::clone(self));
-        if taken < capacity { Ok(place) } else { Err(taken) }
+        if taken < capacity {
+            // From here on dropping it gives it back.
+            return Ok(Place {
+                counters: Arc::clone(self),
+                held: false,
+            });
+        }
+        self.outstanding.fetch_sub(1, Relaxed);
+        Err(taken)
+    }
+
+    /// How long it will take until a place is given back, if it goes on as it did lately.
+    pub(super) fn next_place(&self) -> Duration {
+        let freed = self.freed.lock();
+        match (freed.front(), u32::try_from(freed.len())) {
+            (Some(oldest), Ok(count)) => (oldest.elapsed() / count).clamp(SOONEST_PLACE, LATEST_PLACE),
+            // Nobody has been seen to end.
+            _ => UNKNOWN_PLACE,
+        }
     }
 
     /// A decode step, on kernels of our own or on the reference path.
@@ -150,10 +182,62 @@ impl Counters {
 /// One request's place among those that run or wait. It goes with the request wherever that goes, so that it is given
 /// back however the request ends.
 #[derive(Debug)]
-pub(super) struct Place(Arc<Counters>);
+pub(super) struct Place {
+    counters: Arc<Counters>,
+    /// See [`Self::hold`].
+    held: bool,
+}
+
+impl Place {
+    /// It is a request's from now on. Others, given back at once by a request that found no room for all its sequences, say
+    /// nothing of how long a place is held.
+    pub(super) fn hold(&mut self) {
+        self.held = true;
+    }
+}
 
 impl Drop for Place {
     fn drop(&mut self) {
-        self.0.outstanding.fetch_sub(1, Relaxed);
+        self.counters.outstanding.fetch_sub(1, Relaxed);
+        if !self.held {
+            return;
+        }
+        let mut freed = self.counters.freed.lock();
+        if freed.len() >= FREED_KEPT {
+            freed.pop_front();
+        }
+        freed.push_back(Instant::now());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_place_comes_as_the_last_ones_did() {
+        let counters = Arc::new(Counters::new());
+        assert_eq!(counters.next_place(), UNKNOWN_PLACE);
+        let now = Instant::now();
+        let freed = |ages: &[u64]| {
+            *counters.freed.lock() = ages
+                .iter()
+                .filter_map(|&age| now.checked_sub(Duration::from_secs(age)))
+                .collect();
+            counters.next_place().as_secs()
+        };
+        // Every ten seconds; in bursts; long ago; all at once.
+        assert_eq!(freed(&[30, 20, 10]), 10);
+        assert_eq!(freed(&[30, 2, 2, 1, 1]), 6);
+        assert_eq!(freed(&[500]), 60);
+        assert_eq!(freed(&[0, 0, 0]), 1);
+        assert_eq!(counters.place(0).map(drop), Err(0));
+        drop(counters.place(1).unwrap());
+        assert_eq!(counters.freed.lock().len(), 3, "nobody has had these");
+        for _ in 0..100 {
+            counters.place(1).unwrap().hold();
+        }
+        assert_eq!(counters.freed.lock().len(), FREED_KEPT);
+        assert_eq!(counters.next_place(), SOONEST_PLACE);
     }
 }

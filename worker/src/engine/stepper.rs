@@ -357,6 +357,11 @@ impl Stepper {
         Ok(all)
     }
 
+    /// Waits for the draws of this step, which are still to be read.
+    pub(super) fn wait(&self) -> Result<()> {
+        eval(self.flights.iter().map(|flight| &flight.draw.tokens))
+    }
+
     /// Whether MLX still computes.
     pub(super) fn probe(&self) -> Result<()> {
         #[cfg(test)]

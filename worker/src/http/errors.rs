@@ -2,8 +2,9 @@
 
 use api_types::ApiError;
 use axum::body::Body;
-use axum::extract::OriginalUri;
+use axum::extract::{FromRequestParts, OriginalUri, Path};
 use axum::response::{IntoResponse, Response};
+use http::request::Parts;
 use http::{HeaderValue, Method, StatusCode, header};
 
 use crate::backend::{EngineError, SubmitError};
@@ -33,6 +34,20 @@ impl IntoResponse for Failure {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
+    }
+}
+
+/// The id in a path. One that is no text is an error like all others.
+pub(super) struct PathId(pub(super) String);
+
+impl<S: Send + Sync> FromRequestParts<S> for PathId {
+    type Rejection = Failure;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, Failure> {
+        match Path::<String>::from_request_parts(parts, state).await {
+            Ok(Path(id)) => Ok(Self(id)),
+            Err(error) => Err(ApiError::bad_request(format!("{}: {error}", parts.uri.path())).into()),
+        }
     }
 }
 

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use api_types::ApiError;
 use api_types::openai::{ModelCard, ModelList};
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use http::header;
 use serde_json::{Value, json};
 
-use super::errors::{Failure, engine_dead};
+use super::errors::{Failure, PathId, engine_dead};
 use super::service::Service;
 
 fn card(service: &Service) -> ModelCard {
@@ -34,7 +34,7 @@ pub(super) async fn models(State(service): State<Arc<Service>>) -> Json<ModelLis
 /// `GET /v1/models/{id}`; an id may hold slashes.
 pub(super) async fn model(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
+    PathId(id): PathId,
 ) -> Result<Json<ModelCard>, Failure> {
     service.check_model(Some(&id))?;
     Ok(Json(card(&service)))
@@ -49,7 +49,11 @@ pub(super) async fn health(State(service): State<Arc<Service>>) -> Result<Json<V
         return Err(ApiError::unavailable("draining", "this worker is shutting down", None).into());
     }
     let stats = service.backend.stats();
-    if (stats.busy || stats.running + stats.waiting > 0) && stats.last_step_age > service.config.stall_limit {
+    let stalled = service
+        .config
+        .stall_limit
+        .is_some_and(|limit| stats.last_step_age > limit);
+    if (stats.busy || stats.running + stats.waiting > 0) && stalled {
         let message = format!(
             "the engine has not stepped for {} s with {} requests running and {} waiting",
             stats.last_step_age.as_secs(),
@@ -85,6 +89,7 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
             "max_request_tokens": config.max_request_tokens,
             "max_body_bytes": config.max_body,
             "silence_limit_seconds": config.silence_limit.as_secs_f64(),
+            "stall_limit_seconds": config.stall_limit.map(|limit| limit.as_secs_f64()),
             "queue_limit_seconds": config.queue_limit.as_secs_f64(),
             "engine": info.limits,
         },
@@ -99,7 +104,8 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
         },
         "chat": service.chat.as_ref().map(|chat| json!({
             "tool_call_parser": chat.tool_format.to_string(),
-            "reasoning": chat.reasoning,
+            "tool_calls_not_parsed": chat.unknown_tools,
+            "reasoning_parser": chat.reasoning.to_string(),
         })),
         "requests": {"in_flight": service.in_flight(), "running": stats.running, "waiting": stats.waiting,
                      "list": service.requests.list()},
@@ -130,7 +136,7 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
             "active_bytes": stats.active_bytes,
             "peak_bytes": stats.peak_bytes,
             "buffer_cache_bytes": stats.buffer_cache_bytes,
-            "process": service.look_at_footprint().json(),
+            "process": service.footprint().json(),
         },
     }))
 }
@@ -142,7 +148,7 @@ pub(super) async fn metrics(State(service): State<Arc<Service>>) -> Result<Respo
     }
     let text = service.metrics.render(
         &service.backend.stats(),
-        &service.look_at_footprint(),
+        &service.footprint(),
         service.in_flight(),
     );
     Ok((

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use api_types::ApiError;
 use api_types::openai::{ChatRequest, CompletionRequest, GenerationOptions, Prompt, Sampling, ToolChoice};
 use axum::extract::Request;
-use chat_format::{Reasoning, RenderInputs, TemplateError, ToolFormat, ToolSet};
+use chat_format::{Reasoning, ReasoningFormat, RenderInputs, TemplateError, ToolFormat, ToolSet};
 use serde_json::Value;
 
 use super::service::{ChatFormat, Service};
@@ -112,14 +112,10 @@ pub(super) fn chat(service: &Service, body: &[u8]) -> Result<ChatPrompt, ApiErro
         };
         text.truncate(end);
     }
-    let mut reasoning = if end.as_ref().is_some_and(|end| !end.thinking) {
-        Reasoning::Off
-    } else if chat.reasoning && end.is_some() {
-        Reasoning::Inside
-    } else if chat.reasoning {
-        Reasoning::detect(chat.template.source(use_tools), &text)
-    } else {
-        Reasoning::Off
+    let mut reasoning = match &end {
+        Some(end) if !end.thinking => Reasoning::Off,
+        Some(_) if chat.reasoning != ReasoningFormat::None => Reasoning::Inside,
+        _ => chat.reasoning.of(chat.template.source(use_tools), &text),
     };
     let mut forced = String::new();
     let tool_format = match &request.tool_choice {

@@ -5,12 +5,12 @@ use std::sync::Arc;
 
 use api_types::ApiError;
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use parking_lot::Mutex;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::errors::Failure;
+use super::errors::{Failure, PathId};
 use super::inlet::{Cut, Inlet};
 use super::metrics::{Outcome, Route};
 use super::service::Service;
@@ -97,7 +97,7 @@ impl Drop for Registered {
 /// `POST /v1/requests/{id}/cancel` and `DELETE /v1/requests/{id}`.
 pub(super) async fn cancel(
     State(service): State<Arc<Service>>,
-    Path(id): Path<String>,
+    PathId(id): PathId,
 ) -> Result<Json<Value>, Failure> {
     if service.requests.cancel(&id) {
         return Ok(Json(json!({"id": id, "cancelled": true})));

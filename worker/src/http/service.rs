@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use api_types::ApiError;
-use chat_format::{ChatTemplate, ToolFormat};
+use chat_format::{ChatTemplate, ReasoningFormat, ToolFormat};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 
@@ -23,8 +23,10 @@ pub struct ChatFormat {
     pub template: ChatTemplate,
     /// Markup of tool calls; [`ToolFormat::None`] for a model that knows none.
     pub tool_format: ToolFormat,
-    /// Take reasoning out of the text.
-    pub reasoning: bool,
+    /// Why calls of this model stay text although its template takes tools: the markup that it teaches.
+    pub unknown_tools: Option<&'static str>,
+    /// Which reasoning to take out of the text.
+    pub reasoning: ReasoningFormat,
     /// Parse tool calls when a request brings tools and leaves the choice to the model.
     pub auto_tools: bool,
     /// Variables for the template, under the request's own.
@@ -56,8 +58,8 @@ pub struct HttpConfig {
     pub silence_limit: Duration,
     /// Longest wait for a place.
     pub queue_limit: Duration,
-    /// Time without a step, with requests running, after which the worker no longer calls itself healthy.
-    pub stall_limit: Duration,
+    /// Time without a step, with requests running, after which the worker no longer calls itself healthy; `None`: never.
+    pub stall_limit: Option<Duration>,
     /// Largest body, in bytes.
     pub max_body: usize,
     /// Serve `/metrics`.
@@ -81,7 +83,7 @@ impl Default for HttpConfig {
             keep_alive: Duration::from_secs(5),
             silence_limit: Duration::from_secs(300),
             queue_limit: Duration::from_secs(300),
-            stall_limit: Duration::from_secs(60),
+            stall_limit: Some(Duration::from_secs(60)),
             max_body: 64 << 20,
             metrics: true,
             load: LoadReport::default(),
@@ -131,7 +133,7 @@ impl Service {
             backend,
         } = parts;
         let footprint = Footprint::new(&backend.info().limits);
-        Arc::new(Self {
+        let service = Arc::new(Self {
             config,
             tokenizer,
             chat,
@@ -145,7 +147,9 @@ impl Service {
             declared: watch::Sender::new(None),
             draining: AtomicBool::new(false),
             in_flight: watch::Sender::new(0),
-        })
+        });
+        service.look_at_footprint();
+        service
     }
 
     /// Refuses requests from now on with 503; those that are in flight go on.
@@ -189,7 +193,13 @@ impl Service {
         self.backend.stats()
     }
 
-    /// Looks at the process's memory, and warns when it leaves the plan.
+    /// What the last look at the process's memory found.
+    #[must_use]
+    pub fn footprint(&self) -> FootprintReading {
+        self.footprint.last()
+    }
+
+    /// Looks at the process's memory, and warns when it leaves the plan. To be called once a second: looks are counted.
     pub fn look_at_footprint(&self) -> FootprintReading {
         let stats = self.backend.stats();
         self.footprint

@@ -32,7 +32,7 @@ pub(super) struct Attention {
 impl Attention {
     pub(super) fn load(
         config: &ModelConfig,
-        weights: &mut Weights,
+        weights: &mut Weights<'_>,
         path: &str,
     ) -> std::result::Result<Self, LoadError> {
         let ModelConfig {

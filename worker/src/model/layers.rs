@@ -29,7 +29,7 @@ impl Matrix {
     /// Loads `{path}.weight` and, when they are there, its scales and biases. `shape` is the plain matrix's.
     pub(super) fn load(
         config: &ModelConfig,
-        weights: &mut Weights,
+        weights: &mut Weights<'_>,
         path: &str,
         shape: &[i32],
     ) -> std::result::Result<Self, LoadError> {
@@ -152,7 +152,7 @@ pub(super) struct Linear {
 impl Linear {
     pub(super) fn load(
         config: &ModelConfig,
-        weights: &mut Weights,
+        weights: &mut Weights<'_>,
         path: &str,
         outputs: i32,
         inputs: i32,
@@ -191,7 +191,7 @@ pub(super) struct RmsNorm {
 impl RmsNorm {
     pub(super) fn load(
         config: &ModelConfig,
-        weights: &mut Weights,
+        weights: &mut Weights<'_>,
         path: &str,
         width: i32,
     ) -> std::result::Result<Self, LoadError> {

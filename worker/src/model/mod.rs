@@ -33,7 +33,7 @@ use thiserror::Error;
 use config::ModelConfig;
 use kernels::{KernelDecoder, KernelReport};
 use kv::{Chunk, KvSlabs, Rows};
-use weights::{Storage, Weights};
+use weights::{Storage, WeightFile, Weights};
 
 /// Why a model cannot be loaded. Each message names the file, and the tensor or key in it.
 #[derive(Debug, Error)]
@@ -71,12 +71,34 @@ pub enum LoadError {
     Mlx(#[from] mlx_rs::error::Exception),
 }
 
-/// How far loading has come.
+/// What a start is busy with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LoadPhase {
+    /// Taking weights out of their files; counted in bytes of these.
+    Weights,
+    /// Testing kernels, and running the first steps; counted in such pieces of work.
+    WarmUp,
+}
+
+impl LoadPhase {
+    /// As it is reported.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Weights => "weights",
+            Self::WarmUp => "warm-up",
+        }
+    }
+}
+
+/// How far a start has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct LoadProgress {
-    /// Bytes of weight files opened so far.
+    /// What is going on.
+    pub phase: LoadPhase,
+    /// Of it done so far, in the phase's unit.
     pub done: u64,
-    /// Bytes of all weight files.
+    /// Of it in all.
     pub total: u64,
 }
 
@@ -113,10 +135,11 @@ pub struct Model {
     kernels: Option<KernelDecoder>,
     weight_bytes: u64,
     storage: Storage,
+    device_reads: Vec<WeightFile>,
 }
 
 impl Model {
-    /// Loads `folder`. Calls `progress` after each file.
+    /// Loads `folder`. Calls `progress` at the beginning, with every hundredth of the weights' bytes, and at the end.
     ///
     /// # Errors
     ///
@@ -130,12 +153,14 @@ impl Model {
         let mut weights = Weights::open(folder, options, progress)?;
         let decoder = qwen3::Decoder::load(&config, &mut weights)?;
         weights.log();
+        weights.report_all();
         Ok(Self {
             config,
             decoder,
             kernels: None,
             weight_bytes: weights.bytes(),
             storage: weights.storage(),
+            device_reads: weights.device_reads(),
         })
     }
 
@@ -155,6 +180,12 @@ impl Model {
     #[must_use]
     pub fn storage(&self) -> Storage {
         self.storage
+    }
+
+    /// The files whose pages the device reads while it computes: none where the weights have been copied.
+    #[must_use]
+    pub fn device_reads(&self) -> &[WeightFile] {
+        &self.device_reads
     }
 
     /// Room for the keys and values of `positions` tokens. A quantisation's group size has to divide the width of a head.

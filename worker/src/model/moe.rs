@@ -30,7 +30,7 @@ impl Experts {
     pub(super) fn load(
         config: &ModelConfig,
         moe: &Moe,
-        weights: &mut Weights,
+        weights: &mut Weights<'_>,
         path: &str,
     ) -> std::result::Result<Self, LoadError> {
         let (experts, wide, hidden) = (moe.experts, moe.intermediate, config.hidden);
@@ -105,7 +105,7 @@ impl Experts {
 /// The experts' matrices as one stack: stored so by MLX' converters, or one by one as the original files have it.
 fn load_stack(
     config: &ModelConfig,
-    weights: &mut Weights,
+    weights: &mut Weights<'_>,
     path: &str,
     name: &str,
     shape: &[i32; 3],

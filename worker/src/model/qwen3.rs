@@ -39,7 +39,10 @@ enum FeedForward {
 }
 
 impl Decoder {
-    pub(super) fn load(config: &ModelConfig, weights: &mut Weights) -> std::result::Result<Self, LoadError> {
+    pub(super) fn load(
+        config: &ModelConfig,
+        weights: &mut Weights<'_>,
+    ) -> std::result::Result<Self, LoadError> {
         let vocabulary = [config.vocab, config.hidden];
         let embedding = Matrix::load(config, weights, "model.embed_tokens", &vocabulary)?;
         let layers = (0..config.layers)
@@ -137,7 +140,7 @@ impl Layer {
 
     fn load(
         config: &ModelConfig,
-        weights: &mut Weights,
+        weights: &mut Weights<'_>,
         layer: usize,
     ) -> std::result::Result<Self, LoadError> {
         let path = format!("model.layers.{layer}");

@@ -3,6 +3,8 @@
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
+use std::time::Duration;
 
 use mlx_ext::mapped::MappedWords;
 use mlx_ext::{MappedFile, MappedTensor};
@@ -11,7 +13,7 @@ use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype as FileDtype, Metadata};
 use serde_json::Value;
 
-use super::{LoadError, LoadOptions, LoadProgress};
+use super::{LoadError, LoadOptions, LoadPhase, LoadProgress};
 use crate::volumes::explain;
 
 /// How the weights lie in memory, for logs and status.
@@ -23,11 +25,67 @@ pub struct Storage {
     pub in_place: bool,
     /// Bytes of tensors that were copied: read on request, or because they lie at odd addresses in their file.
     pub copied_bytes: u64,
+    /// Bytes that are held for them: an array over a whole file stays as long as one tensor in it is a view, beside the tensors
+    /// that were copied out of the same file.
+    pub held_bytes: u64,
+}
+
+/// A weight file that is held open.
+#[derive(Debug, Clone)]
+pub struct WeightFile {
+    /// Its name.
+    pub path: PathBuf,
+    file: MappedFile,
+}
+
+impl WeightFile {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// The system's, or an empty file.
+    pub fn open(path: &Path) -> std::io::Result<Self> {
+        Ok(Self {
+            path: path.to_path_buf(),
+            file: MappedFile::open(path)?,
+        })
+    }
+
+    /// Reads the first and the last byte of the file anew. Blocks as long as its volume lets it.
+    ///
+    /// # Errors
+    /// The system's: the volume is gone, or the file has been shortened.
+    pub fn look(&self) -> std::io::Result<()> {
+        self.file.read_ends()
+    }
+}
+
+/// The first of these files that cannot be read any more, in words. One whose volume does not answer within `limit` is
+/// such a file.
+pub(crate) fn lost(files: &[WeightFile], limit: Duration) -> Option<String> {
+    let (looked, looks) = mpsc::channel();
+    let to_look = files.to_vec();
+    // On a thread of its own, which may never come back.
+    let thread = std::thread::Builder::new().name("look".to_owned());
+    if let Err(error) = thread.spawn(move || to_look.iter().all(|file| looked.send(file.look()).is_ok())) {
+        tracing::warn!("the weight files are not looked at: {error}");
+        return None;
+    }
+    files.iter().find_map(|file| {
+        let reason = match looks.recv_timeout(limit) {
+            Ok(Ok(())) => return None,
+            Ok(Err(error)) => error.to_string(),
+            Err(_) => format!("no answer for {} s", limit.as_secs_f64()),
+        };
+        Some(format!(
+            "{}: this file, from which the device reads weights, cannot be read any more ({reason}): it was shortened, or its \
+             volume is gone",
+            file.path.display()
+        ))
+    })
 }
 
 /// All tensors of a model by name, each handed out at most once.
-#[derive(Debug)]
-pub struct Weights {
+pub struct Weights<'a> {
     folder: PathBuf,
     shards: Vec<Shard>,
     /// Tensor name to shard.
@@ -37,6 +95,10 @@ pub struct Weights {
     storage: Storage,
     expand: bool,
     on_cuda: bool,
+    progress: &'a mut dyn FnMut(LoadProgress),
+    /// Bytes of tensors handed out, as they lie in the files; and how many of them have been reported.
+    done: u64,
+    reported: u64,
 }
 
 #[derive(Debug)]
@@ -48,12 +110,18 @@ struct Shard {
     metadata: Metadata,
     /// First byte of the data, after the header.
     data_start: usize,
+    /// A tensor has been handed out that is a view of `words`.
+    viewed: bool,
 }
 
 const INDEX: &str = "model.safetensors.index.json";
 
-impl Weights {
-    /// Opens every weight file of `folder` and reads the headers.
+/// Progress is reported each time one in so many bytes more is there.
+const REPORTS: u64 = 100;
+
+impl<'a> Weights<'a> {
+    /// Opens every weight file of `folder` and reads the headers. `progress` is called now and while tensors are taken:
+    /// where files are not used in place, that is when they are read.
     ///
     /// # Errors
     ///
@@ -61,7 +129,7 @@ impl Weights {
     pub fn open(
         folder: &Path,
         options: LoadOptions,
-        progress: &mut dyn FnMut(LoadProgress),
+        progress: &'a mut dyn FnMut(LoadProgress),
     ) -> Result<Self, LoadError> {
         let on_cuda = mlx_ext::Language::of_device()? == Some(mlx_ext::Language::Cuda);
         let files = list(folder)?;
@@ -75,21 +143,51 @@ impl Weights {
             storage: Storage::default(),
             expand: options.expand,
             on_cuda,
+            progress,
+            done: 0,
+            reported: 0,
         };
-        let mut done = 0;
-        progress(LoadProgress { done, total });
+        weights.report(0);
         for path in files {
-            // Elsewhere than on Metal an array over a file is a copy of all of it; CUDA's tensors get memory of their own.
-            let shard = Shard::open(path, options.mapped && !on_cuda)?;
+            // Elsewhere than on Metal an array over a file is a copy of all of it; CUDA's tensors get memory of their own, and
+            // so do those that are expanded.
+            let shard = Shard::open(path, options.mapped && !on_cuda && !options.expand)?;
             for name in shard.metadata.tensors().into_keys() {
                 weights.places.insert(name, weights.shards.len());
             }
-            done += shard.file.bytes().len() as u64;
             weights.shards.push(shard);
             weights.storage.in_place = weights.shards.iter().all(Shard::in_place);
-            progress(LoadProgress { done, total });
+            // An array over a file may have taken its time, but none of its tensors is there yet.
+            weights.report(0);
         }
         Ok(weights)
+    }
+
+    /// So many bytes of all files are done with.
+    fn report(&mut self, done: u64) {
+        self.reported = done;
+        (self.progress)(LoadProgress {
+            phase: LoadPhase::Weights,
+            done,
+            total: self.bytes,
+        });
+    }
+
+    /// The last report: headers, and tensors that nobody wants, count as done.
+    pub(crate) fn report_all(&mut self) {
+        self.report(self.bytes);
+    }
+
+    /// The files that have to stay readable as long as the weights are used.
+    pub(crate) fn device_reads(&self) -> Vec<WeightFile> {
+        self.shards
+            .iter()
+            .filter(|shard| shard.in_place())
+            .map(|shard| WeightFile {
+                path: shard.path.clone(),
+                file: shard.file.clone(),
+            })
+            .collect()
     }
 
     /// Bytes of all files.
@@ -101,7 +199,12 @@ impl Weights {
     /// How the tensors taken so far lie in memory.
     #[must_use]
     pub fn storage(&self) -> Storage {
-        self.storage
+        let viewed = self.shards.iter().filter(|shard| shard.viewed);
+        let files: u64 = viewed.map(|shard| shard.file.bytes().len() as u64).sum();
+        Storage {
+            held_bytes: files.saturating_add(self.storage.copied_bytes),
+            ..self.storage
+        }
     }
 
     /// Whether there is a tensor of that name.
@@ -132,11 +235,13 @@ impl Weights {
     }
 
     fn take(&mut self, name: &str, shape: &[i32], types: &[FileDtype]) -> Result<Array, LoadError> {
-        let shard = self.places.get(name).and_then(|&shard| self.shards.get(shard));
-        let Some(shard) = shard else {
+        let shard = self.places.get(name).copied();
+        let Some(shard) = shard.and_then(|shard| self.shards.get_mut(shard)) else {
             return Err(self.missing(name));
         };
         let (array, copied) = shard.tensor(name, shape, types)?;
+        shard.viewed |= !copied;
+        let stored = array.nbytes() as u64;
         let array = if self.on_cuda { to_device(&array)? } else { array };
         let bytes = array.nbytes() as u64;
         let kind = if copied {
@@ -146,6 +251,10 @@ impl Weights {
         };
         *kind += bytes;
         self.taken.insert(name.to_owned());
+        self.done = self.done.saturating_add(stored).min(self.bytes);
+        if self.done - self.reported > self.bytes / REPORTS {
+            self.report(self.done);
+        }
         Ok(array)
     }
 
@@ -168,6 +277,7 @@ impl Weights {
             mapped_bytes,
             in_place,
             copied_bytes,
+            ..
         } = self.storage;
         tracing::info!(mapped_bytes, in_place, copied_bytes, "weights");
         if copied_bytes > 0 && self.shards.iter().any(|shard| shard.words.is_some()) {
@@ -338,6 +448,7 @@ impl Shard {
             words,
             metadata,
             data_start,
+            viewed: false,
         })
     }
 

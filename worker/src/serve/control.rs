@@ -2,17 +2,22 @@
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream as StdUnixStream;
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 use api_types::control::{CONTROL_ENV, CONTROL_STDIN, ProxyCommand, WorkerEvent, to_line};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
 
 use super::server::Ending;
 
 /// Events that may wait for a slow reader.
 const BACKLOG: usize = 64;
+
+/// Longest wait for a proxy to read.
+const SEND_LIMIT: Duration = Duration::from_secs(5);
 
 /// The worker's end of the control socket. Reading and writing happen in tasks of their own.
 #[derive(Debug)]
@@ -93,11 +98,17 @@ impl Control {
         })
     }
 
-    /// Sends an event and waits until it is written, or the proxy is gone.
+    /// Sends an event and waits until it is written, or the proxy is gone, or has not read for [`SEND_LIMIT`]: it may live
+    /// and stand still, and a worker that is about to end must end.
     pub async fn send(&mut self, event: &WorkerEvent) {
         let (sent, written) = oneshot::channel();
-        if self.events.send((event.clone(), Some(sent))).await.is_ok() {
-            let _ = written.await;
+        let writing = async {
+            if self.events.send((event.clone(), Some(sent))).await.is_ok() {
+                let _ = written.await;
+            }
+        };
+        if timeout(SEND_LIMIT, writing).await.is_err() {
+            tracing::warn!("the proxy does not read its control socket");
         }
     }
 
@@ -120,5 +131,27 @@ impl Control {
             }
         }
         Ending::ProxyGone
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A proxy that lives and never reads: what a worker says at its end must not hold it up.
+    #[tokio::test(start_paused = true)]
+    async fn a_proxy_that_does_not_read_is_not_waited_for() {
+        let (ours, theirs) = StdUnixStream::pair().unwrap();
+        let mut control = Control::new(ours).unwrap();
+        let long = WorkerEvent::Fatal {
+            message: "x".repeat(16 << 20),
+        };
+        let began = tokio::time::Instant::now();
+        control.send(&long).await;
+        assert_eq!(began.elapsed(), SEND_LIMIT);
+        drop(theirs);
+        // Nobody is there any more: known at once.
+        control.send(&long).await;
+        assert_eq!(began.elapsed(), SEND_LIMIT);
     }
 }

@@ -9,6 +9,8 @@ use std::process::Command;
 
 use knobs::Knobs;
 
+use crate::engine::device::{MAX_MB_PER_BUFFER, MAX_OPS_PER_BUFFER};
+
 /// Replaces this process by itself with the variables that the knobs ask for, unless they are set so already. To be
 /// called before anything else is open.
 ///
@@ -34,8 +36,8 @@ pub fn apply(knobs: &Knobs) -> std::io::Result<()> {
 
 fn wanted(knobs: &Knobs) -> Vec<(&'static str, String)> {
     [
-        ("MLX_MAX_OPS_PER_BUFFER", knobs.mlx_max_ops_per_buffer),
-        ("MLX_MAX_MB_PER_BUFFER", knobs.mlx_max_mb_per_buffer),
+        (MAX_OPS_PER_BUFFER, knobs.mlx_max_ops_per_buffer),
+        (MAX_MB_PER_BUFFER, knobs.mlx_max_mb_per_buffer),
     ]
     .into_iter()
     .filter_map(|(name, value)| Some((name, value?.to_string())))

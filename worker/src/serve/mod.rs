@@ -44,10 +44,19 @@ pub use watchdog::Watchdog;
 use crate::backend::{Backend, EngineState};
 use crate::engine::{Engine, StartError};
 use crate::http::{LoadReport, Service, read_prompts, warm};
+use crate::model::{LoadPhase, LoadProgress};
 
 /// A worker could not serve, or not any more. Why has been told, on standard error and to the proxy.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Failed;
+pub struct Failed {
+    /// What the process is to exit with: [`mlx_ext::LOST_PAGE`] where a weight file can no longer be read, else 1.
+    pub code: u8,
+}
+
+/// The engine has died, since what it reads its weights from is gone.
+#[derive(Debug, thiserror::Error)]
+#[error("the engine has died: {0}")]
+struct WeightsLost(String);
 
 /// Time for a loading that nobody waits for any more to come to its end.
 const LOADING_END: Duration = Duration::from_secs(5);
@@ -95,15 +104,22 @@ pub async fn run(args: ParsedArgs) -> Result<Ending, Failed> {
         }
         Err(error) => Err(error),
     };
+    let mut failed = None;
     let result = match result {
         Ok(ending) => Ok(ending),
         Err(error) => {
+            let code = if error.is::<WeightsLost>() {
+                mlx_ext::LOST_PAGE
+            } else {
+                1
+            };
+            failed = Some(LastResort::arm(code));
             let message = format!("{error:#}");
             say(&message);
             if let Some(control) = &mut control {
                 control.send(&WorkerEvent::Fatal { message }).await;
             }
-            Err(Failed)
+            Err(Failed { code })
         }
     };
     if result == Ok(Ending::ProxyGone) {
@@ -128,7 +144,35 @@ pub async fn run(args: ParsedArgs) -> Result<Ending, Failed> {
         )
         .await;
     }
+    drop(failed);
     result
+}
+
+/// Ends the process when its own way to the end takes too long, wherever that stands still: a proxy that is alive and
+/// reads neither control socket nor log can hold up every line that is written.
+struct LastResort {
+    _until_dropped: std::sync::mpsc::Sender<()>,
+}
+
+/// Time for the way to the end: more than all its parts may take together.
+const LAST_RESORT: Duration = Duration::from_secs(30);
+
+impl LastResort {
+    /// From now on, until dropped.
+    fn arm(code: u8) -> Self {
+        let (dropped, drop_seen) = std::sync::mpsc::channel();
+        // Without a thread there is no last resort, and the usual way remains.
+        let _ = std::thread::Builder::new()
+            .name("last-resort".to_owned())
+            .spawn(move || {
+                if drop_seen.recv_timeout(LAST_RESORT) == Err(std::sync::mpsc::RecvTimeoutError::Timeout) {
+                    mlx_ext::exit_now(code);
+                }
+            });
+        Self {
+            _until_dropped: dropped,
+        }
+    }
 }
 
 /// Leaves in `started` what has been started.
@@ -190,8 +234,10 @@ async fn start_and_serve(
     );
     let service = Service::new(text.into_parts(Arc::clone(&backend), load)?);
     if !warm_prompts.is_empty() {
+        let events = control.as_deref().map(Control::events);
         let warming = in_time(watchdog, "computing the warm prompts", async {
-            let tokens = warm(&service, warm_prompts).await?;
+            let tell = tokens_computed(events);
+            let tokens = warm(&service, warm_prompts, tell).await?;
             tracing::info!(tokens, "warm prompts are computed");
             Ok(())
         });
@@ -229,6 +275,7 @@ async fn start_and_serve(
         *started = Started::Nothing;
     }
     match ending? {
+        Ending::EngineDied(reason) if backend.weights_lost() => Err(WeightsLost(reason).into()),
         Ending::EngineDied(reason) => bail!("the engine has died: {reason}"),
         ending => Ok(ending),
     }
@@ -256,28 +303,40 @@ fn reserve_port(host: &str, port: u16) -> Result<TcpSocket> {
     Ok(socket)
 }
 
-/// Tells how far loading has come: the proxy, or a person.
-fn progress(control: Option<&Control>) -> impl FnMut(crate::model::LoadProgress) + Send + 'static {
+/// Tells how far loading has come: the proxy, or a person, who hears of each tenth.
+fn progress(control: Option<&Control>) -> impl FnMut(LoadProgress) + Send + 'static {
     let events: Option<mpsc::Sender<WorkerEvent>> = control.map(Control::events);
-    move |progress| match &events {
-        // Progress may be lost when nobody reads; nothing may wait for it.
-        Some(events) => {
-            let phase = "weights".to_owned();
-            let _ = events.try_send(WorkerEvent::Loading {
-                phase,
-                done: progress.done,
-                total: progress.total,
-            });
-        }
+    let mut said = None;
+    move |LoadProgress { phase, done, total }| match &events {
+        Some(events) => loading(events, phase.name(), done, total),
         None => {
-            let megabytes = |bytes: u64| bytes / 1_000_000;
-            say(&format!(
-                "weights: {} of {} MB",
-                megabytes(progress.done),
-                megabytes(progress.total)
-            ));
+            let tenth = done.saturating_mul(10) / total.max(1);
+            if said.replace((phase, tenth)) == Some((phase, tenth)) {
+                return;
+            }
+            let (unit, size) = match phase {
+                LoadPhase::Weights => ("MB", 1_000_000),
+                LoadPhase::WarmUp => ("steps", 1),
+            };
+            let (percent, total) = (done.saturating_mul(100) / total.max(1), total / size);
+            say(&format!("{}: {percent} % of {total} {unit}", phase.name()));
         }
     }
+}
+
+/// The same for warm prompts; a person reads of them in the log.
+fn tokens_computed(events: Option<mpsc::Sender<WorkerEvent>>) -> impl FnMut(u64, u64) {
+    move |done, total| {
+        if let Some(events) = &events {
+            loading(events, "warm-prompts", done, total);
+        }
+    }
+}
+
+/// Progress may be lost when nobody reads; nothing may wait for it.
+fn loading(events: &mpsc::Sender<WorkerEvent>, phase: &str, done: u64, total: u64) {
+    let phase = phase.to_owned();
+    let _ = events.try_send(WorkerEvent::Loading { phase, done, total });
 }
 
 /// A line for the person at the terminal, whatever the log level.

@@ -51,6 +51,7 @@ impl Text {
             eos_tokens,
             silence_limit: Duration::from_secs_f64(knobs.timeout),
             queue_limit: Duration::from_secs_f64(knobs.max_wait_seconds),
+            stall_limit: stall_limit(knobs.watchdog_seconds),
             metrics: knobs.enable_metrics,
             ..HttpConfig::default()
         };
@@ -80,21 +81,8 @@ impl Text {
 /// What the knobs say to the engine.
 ///
 /// # Errors
-/// A number that this machine cannot count to; a share of a memory whose size the system does not tell.
+/// A number that this machine cannot count to.
 pub fn engine(knobs: &Knobs, model: PathBuf) -> Result<EngineConfig> {
-    let kv_bytes = match (knobs.cache_memory_mb, knobs.cache_memory_percent) {
-        (Some(mebibytes), _) => Some(mebibytes.saturating_mul(MEBIBYTE)),
-        (None, Some(share)) => {
-            let memory = hostmem::host().context("--cache-memory-percent: the size of memory")?;
-            #[allow(
-                clippy::cast_possible_truncation,
-                clippy::cast_sign_loss,
-                clippy::cast_precision_loss
-            )]
-            Some((memory.total_bytes as f64 * share) as u64)
-        }
-        (None, None) => None,
-    };
     Ok(EngineConfig {
         model,
         mapped: knobs.weights == "mmap",
@@ -115,7 +103,10 @@ pub fn engine(knobs: &Knobs, model: PathBuf) -> Result<EngineConfig> {
         prefill_chunk: size(knobs.prefill_step_size)?,
         step_budget: knobs.step_budget,
         watchdog: Duration::from_secs_f64(knobs.watchdog_seconds),
-        kv_bytes,
+        kv_bytes: knobs
+            .cache_memory_mb
+            .map(|mebibytes| mebibytes.saturating_mul(MEBIBYTE)),
+        kv_share: knobs.cache_memory_percent,
         max_blocks: knobs.max_cache_blocks.map(size).transpose()?,
         block_size: size(knobs.paged_cache_block_size)?,
         kv_quantization: kv_quantization(knobs)?,
@@ -139,6 +130,12 @@ fn kv_quantization(knobs: &Knobs) -> Result<Option<KvQuantization>> {
         bits: number("bits", &knobs.kv_cache_quantization_bits)?,
         group_size: number("group-size", &knobs.kv_cache_quantization_group_size)?,
     }))
+}
+
+/// Half of the time after which the watchdog ends the process: whoever asks hears of a step that takes suspiciously long
+/// before its end. Without a watchdog there is no such time.
+fn stall_limit(watchdog_seconds: f64) -> Option<Duration> {
+    (watchdog_seconds > 0.0).then(|| Duration::from_secs_f64(watchdog_seconds / 2.0))
 }
 
 const MEBIBYTE: u64 = 1 << 20;
@@ -172,17 +169,22 @@ fn chat_format(knobs: &Knobs, folder: &Path) -> Result<Option<ChatFormat>> {
     };
     let tool_format = ToolFormat::resolve(&knobs.tool_call_parser, template.source(true))
         .with_context(|| format!("--tool-call-parser {}", knobs.tool_call_parser))?;
-    let reasoning = match knobs.reasoning_parser.as_str() {
-        "none" => false,
-        // All of these write <think>...</think>.
-        "auto" | "qwen3" | "deepseek_r1" | "glm4" => true,
-        other => bail!(
-            "--reasoning-parser {other}: not available yet; there are: auto, qwen3, deepseek_r1, glm4, none"
-        ),
-    };
+    // Where nobody asked for none.
+    let unknown_tools =
+        ToolFormat::unknown(template.source(true)).filter(|_| knobs.tool_call_parser == "auto");
+    if let Some(markup) = unknown_tools {
+        tracing::warn!(
+            "the chat template teaches tool calls as {markup}, which is not parsed here yet: calls in replies stay text"
+        );
+    }
+    let reasoning = knobs
+        .reasoning_parser
+        .parse()
+        .with_context(|| format!("--reasoning-parser {}", knobs.reasoning_parser))?;
     Ok(Some(ChatFormat {
         template,
         tool_format,
+        unknown_tools,
         reasoning,
         auto_tools: knobs.enable_auto_tool_choice,
         template_kwargs: knobs.default_chat_template_kwargs.clone().unwrap_or_default(),
@@ -237,6 +239,8 @@ fn sampling(knobs: &Knobs, model: &GenerationDefaults) -> SamplingParams {
 
 #[cfg(test)]
 mod tests {
+    use chat_format::ReasoningFormat;
+
     use super::*;
 
     #[test]
@@ -287,6 +291,7 @@ mod tests {
             step_budget: 100_000,
             watchdog: seconds(9),
             kv_bytes: Some(100 << 20),
+            kv_share: None,
             max_blocks: Some(11),
             block_size: 64,
             kv_quantization: Some(KvQuantization {
@@ -308,9 +313,52 @@ mod tests {
             Some(KvQuantization { bits, group_size })
         );
         assert!(!engine("m --disable-paged-cache").prefix_cache);
-        let half = engine("m --cache-memory-percent 0.5").kv_bytes.unwrap();
-        let total = hostmem::host().unwrap().total_bytes;
-        assert!(half.abs_diff(total / 2) <= 1, "{half} of {total}");
+        assert_eq!(engine("m --cache-memory-percent 0.5").kv_share, Some(0.5));
+    }
+
+    /// What the table lets pass, the worker has to take; what it refuses, the worker does not know.
+    #[test]
+    fn every_name_of_an_enumeration_is_one_that_the_worker_knows() {
+        let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/demo/model");
+        let mut names_seen = 0;
+        for knob in knobs::TABLE {
+            let knobs::Kind::Enum(names) = knob.kind else {
+                continue;
+            };
+            if knob.effect != knobs::Effect::Active {
+                continue;
+            }
+            for name in names {
+                let arguments = ["m".to_owned(), format!("--{}={name}", knob.flag)];
+                let knobs = knobs::parse_args(&arguments).unwrap().knobs;
+                engine(&knobs, demo.clone()).unwrap();
+                let chat = chat_format(&knobs, &demo)
+                    .unwrap_or_else(|error| panic!("--{} {name}: {error:#}", knob.flag));
+                assert!(chat.is_some());
+                names_seen += 1;
+            }
+            for name in knob.to_come {
+                let known = match knob.flag {
+                    "tool-call-parser" => name.parse::<ToolFormat>().is_ok(),
+                    "reasoning-parser" => name.parse::<ReasoningFormat>().is_ok(),
+                    other => panic!("names to come of --{other}"),
+                };
+                assert!(
+                    !known,
+                    "--{} {name} is there, but the table refuses it",
+                    knob.flag
+                );
+            }
+        }
+        assert!(names_seen > 15, "{names_seen}");
+    }
+
+    #[test]
+    fn a_step_is_suspicious_at_half_of_the_watchdogs_time() {
+        let seconds = Duration::from_secs;
+        assert_eq!(stall_limit(Knobs::default().watchdog_seconds), Some(seconds(60)));
+        assert_eq!(stall_limit(600.0), Some(seconds(300)));
+        assert_eq!(stall_limit(0.0), None);
     }
 
     #[test]

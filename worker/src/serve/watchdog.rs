@@ -42,8 +42,9 @@ impl Watchdog {
                     let Some(service) = service.upgrade() else { return };
                     let now = Instant::now();
                     if let Some(reason) = watch.look(&service.engine_stats(), now - looked) {
+                        // First of all: a log that nobody reads may not let this thread go on.
+                        service.declare_dead(reason.clone());
                         tracing::error!("{reason}");
-                        service.declare_dead(reason);
                         return;
                     }
                     looked = now;

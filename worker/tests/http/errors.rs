@@ -27,6 +27,23 @@ fn check(reply: &Reply, status: u16, param: Option<&str>, parts: &[&str]) {
 }
 
 #[tokio::test]
+async fn ids_that_are_no_text() {
+    let server = start(|_| panic!("no request gets here")).await;
+    for (method, path) in [
+        ("GET", "/v1/models/%FF"),
+        ("DELETE", "/v1/requests/%FF"),
+        ("POST", "/v1/requests/%FF/cancel"),
+    ] {
+        let request = http::Request::builder()
+            .method(method)
+            .uri(format!("http://{}{path}", server.address))
+            .body(http_body_util::Full::new(Bytes::new()))
+            .unwrap();
+        check(&server.send(request).await, 400, None, &[path, "UTF-8"]);
+    }
+}
+
+#[tokio::test]
 async fn fields_out_of_range() {
     let server = start(|_| panic!("no request gets here")).await;
     for (extra, param, part) in [

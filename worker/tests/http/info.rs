@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use mlxworker::backend::scripted::Act;
+use mlxworker::backend::scripted::{Act, ScriptedBackend};
 use mlxworker::backend::{CacheStats, EngineStats};
 use serde_json::json;
 
@@ -78,6 +78,8 @@ async fn status_tells_limits_and_numbers() {
     let json = server.get("/status").await.json();
     assert_eq!(json["limits"]["context_length"], CONTEXT);
     assert_eq!(json["limits"]["max_request_tokens"], 200);
+    assert_eq!(json["limits"]["stall_limit_seconds"], 60.0);
+    assert_eq!(json["chat"]["reasoning_parser"], "auto");
     assert_eq!(json["engine"]["steps"], 17);
     assert_eq!(json["engine"]["decode_steps"]["reference"], 4);
     assert_eq!(json["prefix_cache"]["hits"], 1);
@@ -86,6 +88,33 @@ async fn status_tells_limits_and_numbers() {
     assert_eq!(json["memory"]["active_bytes"], 5);
     assert_eq!(json["chat"]["tool_call_parser"], "hermes");
     assert_eq!(server.get("/v1/status").await.json()["model"], MODEL);
+}
+
+/// Looks are one a second, however often somebody asks.
+#[tokio::test]
+async fn who_asks_for_the_footprint_does_not_look_at_it() {
+    let limits = json!({"memory_planned_bytes": 1});
+    let backend = ScriptedBackend::new(CONTEXT, VOCABULARY, |_| stop(vec![]))
+        .with_limits(limits.as_object().unwrap().clone());
+    let server = start_on(backend, |_| {}).await;
+    for _ in 0..3 {
+        let process = server.get("/status").await.json()["memory"]["process"].clone();
+        assert_eq!(process["looks_over_plan"], 1, "the one at the start: {process}");
+        assert!(process["footprint_bytes"].as_u64() > Some(1 << 20), "{process}");
+        let text = server.get("/metrics").await.text();
+        assert!(text.contains("mlxworker_looks_over_plan_total 1\n"), "{text}");
+    }
+}
+
+#[tokio::test]
+async fn without_a_watchdog_no_step_is_too_long() {
+    let server = start_with(|c| c.stall_limit = None, |_| stop(vec![])).await;
+    server.backend.set_stats(EngineStats {
+        last_step_age: Duration::from_secs(100_000),
+        running: 1,
+        ..EngineStats::default()
+    });
+    assert_eq!(server.get("/health").await.status, 200);
 }
 
 #[tokio::test]

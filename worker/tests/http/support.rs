@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use api_types::sse::{Decoder, Event};
 use bytes::Bytes;
-use chat_format::ChatTemplate;
+use chat_format::{ChatTemplate, ReasoningFormat};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::SendRequest;
@@ -102,7 +102,8 @@ pub(crate) async fn start_on<B: Backend>(backend: B, configure: impl FnOnce(&mut
         chat: Some(ChatFormat {
             tool_format: template.tool_format(),
             template,
-            reasoning: true,
+            unknown_tools: None,
+            reasoning: ReasoningFormat::Auto,
             auto_tools: true,
             template_kwargs: serde_json::Map::new(),
         }),

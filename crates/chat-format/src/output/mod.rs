@@ -13,7 +13,7 @@ mod tools;
 use std::sync::Arc;
 
 pub use delta::{CallOutcome, Delta, EndReason, MalformedReason, ParsedOutput, ToolCall};
-pub use format::{Reasoning, ToolFormat, UnknownToolFormat};
+pub use format::{Reasoning, ReasoningFormat, ToolFormat, UnknownReasoningFormat, UnknownToolFormat};
 pub use tools::ToolSet;
 
 use delta::push_text;

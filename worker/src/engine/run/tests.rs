@@ -38,6 +38,15 @@ impl Running {
     }
 
     fn with(faults: Faults, configure: impl FnOnce(&mut EngineConfig) + Send + 'static) -> Self {
+        Self::reading(faults, Vec::new(), configure)
+    }
+
+    /// On a device that reads its weights from these files.
+    fn reading(
+        faults: Faults,
+        files: Vec<WeightFile>,
+        configure: impl FnOnce(&mut EngineConfig) + Send + 'static,
+    ) -> Self {
         let (commands, inbox) = sync_channel(64);
         let (end, ended) = sync_channel(1);
         let counters = Arc::new(Counters::new());
@@ -47,6 +56,7 @@ impl Running {
             configure(&mut config);
             let (mut parts, _) = start::start(config, &mut |_| {}).unwrap();
             parts.stepper.faults = faults;
+            parts.weight_files = files;
             let stopping = AtomicBool::new(false);
             let reason = Loop::new(parts, &for_thread, &inbox, &stopping).serve();
             end.send(reason).unwrap();
@@ -267,6 +277,47 @@ fn a_device_that_is_lost_ends_the_engine_and_every_request() {
         reason.contains("the device failed; and then: the device is lost"),
         "{reason}"
     );
+}
+
+/// After its volume has gone, a device that can only add is one that fails with every request, for ever.
+#[test]
+fn a_device_whose_weight_file_is_gone_ends_the_engine_and_names_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let files: Vec<WeightFile> = ["whole.safetensors", "short.safetensors"]
+        .iter()
+        .map(|name| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, [7; 5000]).unwrap();
+            WeightFile::open(&path).unwrap()
+        })
+        .collect();
+    let fails = || Faults {
+        rows: Some(1),
+        ..Faults::default()
+    };
+    let engine = Running::reading(fails(), files.clone(), |config| config.max_running = 1);
+    assert!(matches!(end(engine.ask(prompt(20, 1), 30)).1, End::Failed(_)));
+    assert!(matches!(end(engine.ask(prompt(20, 1), 30)).1, End::Done(_)));
+    engine.end();
+
+    let short = folder.path().join("short.safetensors");
+    std::fs::OpenOptions::new()
+        .write(true)
+        .open(&short)
+        .unwrap()
+        .set_len(4999)
+        .unwrap();
+    let engine = Running::reading(fails(), files, |config| config.max_running = 1);
+    let counters = Arc::clone(&engine.counters);
+    for events in [1, 2].map(|seed| engine.ask(prompt(20, seed), 30)) {
+        assert!(matches!(end(events).1, End::Failed(_)));
+    }
+    let reason = engine.end();
+    assert!(
+        reason.contains(&short.display().to_string()) && reason.contains("cannot be read any more"),
+        "{reason}"
+    );
+    assert!(counters.weights_lost.load(Relaxed));
 }
 
 /// A request ends with a token when the step after that is on the device already. Nobody waits for that one, but its
