@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::config::{CacheConfig, ConfigError, Reuse};
+use crate::evicted::Evicted;
 use crate::lookup::{self, Divergence, Match};
 use crate::pool::BlockPool;
 use crate::sequence::Sequence;
@@ -24,6 +25,8 @@ pub struct KvCache<S> {
     pub(crate) pool: BlockPool,
     pub(crate) tree: PrefixTree,
     pub(crate) snapshots: Snapshots<S>,
+    /// For [`Self::divergence`] only.
+    evicted: Evicted,
     pub(crate) sequences: BTreeMap<SeqId, Sequence<S>>,
     /// By arrival: the first is the most senior.
     pub(crate) seniority: BTreeSet<(u64, SeqId)>,
@@ -45,6 +48,7 @@ impl<S: Clone> KvCache<S> {
             pool: BlockPool::new(u32::try_from(config.total_blocks).unwrap_or(u32::MAX)),
             tree: PrefixTree::default(),
             snapshots: Snapshots::new(config.snapshot_bytes),
+            evicted: Evicted::default(),
             sequences: BTreeMap::new(),
             seniority: BTreeSet::new(),
             promised: 0,
@@ -94,9 +98,9 @@ impl<S: Clone> KvCache<S> {
         found.path.len() * self.config.block_size + found.tail.map_or(0, |(_, tokens)| tokens)
     }
 
-    /// Compares `tokens` with the nearest cached chain; shows at most `window` tokens of both from where they part.
+    /// Compares `tokens` with the nearest cached chain; shows at most `window` tokens before they part, and of both from there.
     pub fn divergence(&self, tokens: &[Token], window: usize) -> Divergence {
-        lookup::diverge(&self.tree, self.config.block_size, tokens, window)
+        lookup::diverge(&self.tree, &self.evicted, self.config.block_size, tokens, window)
     }
 
     /// The numbers of a request that can never run; `None` if it fits an empty pool. For a 400 before any queueing.
@@ -248,6 +252,7 @@ impl<S: Clone> KvCache<S> {
         while self.pool.free() < blocks
             && let Some(node) = self.tree.least_recently_used()
         {
+            self.evicted.note(self.tree.chain(Some(node)));
             self.drop_node(node);
             self.counters.evicted_blocks += 1;
         }

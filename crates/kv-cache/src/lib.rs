@@ -75,10 +75,10 @@
 //! For models with recurrent or sliding-window layers, use [`Reuse::Snapshots`], split prefill at the history boundary
 //! and leave the state there ([`KvCache::snapshot`]); an admission then ends its match at such a state and returns it.
 //!
-//! To tell a person why a prompt was not reused, ask [`KvCache::divergence`] before admitting it.
+//! To tell a person why a prompt was not reused, ask [`KvCache::divergence`] before admitting it: an admission may evict.
 //!
 //! Layout: `types` names, effects, errors; `config` sizes; `pool` free list and holders; `tree` the prefix tree;
-//! `lookup` matches and divergence; `placement` which block is next; `compact` moving
+//! `lookup` matches and divergence; `evicted` what went lately; `placement` which block is next; `compact` moving
 //! blocks together; `snapshots` states at positions; `sequence` block tables, end; `cache`
 //! admission, growth, recording, preemption; `usage` numbers; `audit` the invariants.
 
@@ -86,6 +86,7 @@ mod audit;
 mod cache;
 mod compact;
 mod config;
+mod evicted;
 mod lookup;
 mod placement;
 mod pool;

@@ -1,5 +1,6 @@
 //! Finding the longest cached beginning of a prompt, and telling where the cache stopped agreeing.
 
+use crate::evicted::{self, Evicted};
 use crate::snapshots::Snapshots;
 use crate::tree::{NodeId, PrefixTree, common};
 use crate::types::Token;
@@ -93,11 +94,15 @@ pub(crate) fn by_snapshot<S>(
 pub struct Divergence {
     /// Tokens of the prompt that the cache has from its start; also the index of the first token that differs.
     pub position: usize,
+    /// The last tokens before that, which both have, at most `window`.
+    pub before: Vec<Token>,
     /// What the prompt says from `position` on, at most `window` tokens. Empty: the whole prompt is cached.
     pub asked: Vec<Token>,
     /// What the nearest cached chain says from `position` on, at most `window` tokens. Empty: it ends there, which
     /// makes the rest of the prompt new rather than different.
     pub cached: Vec<Token>,
+    /// The prompt's next block was here, and has been evicted lately.
+    pub evicted: bool,
 }
 
 impl Divergence {
@@ -110,6 +115,7 @@ impl Divergence {
 /// Compares `tokens` with the nearest chain in the tree.
 pub(crate) fn diverge(
     tree: &PrefixTree,
+    evicted: &Evicted,
     block_size: usize,
     tokens: &[Token],
     window_len: usize,
@@ -129,8 +135,12 @@ pub(crate) fn diverge(
         }
         at = tree.each_child(Some(node)).next().map(|(_, child)| (child, 0));
     }
+    let gone =
+        rest.len() == block_size && evicted.has(evicted::chain(tree.chain(path.last().copied()), rest));
     Divergence {
+        evicted: gone,
         position,
+        before: window(tokens, position.saturating_sub(window_len), position).to_vec(),
         asked: window(tokens, position, position + window_len).to_vec(),
         cached,
     }

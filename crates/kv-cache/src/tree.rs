@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 use std::sync::Arc;
 
+use crate::evicted;
 use crate::types::{BlockId, Token};
 
 /// Index of a node; used again after the node is gone, which a pinned node never is.
@@ -20,6 +21,8 @@ type Children = BTreeMap<Arc<[Token]>, NodeId>;
 #[derive(Debug)]
 struct Node {
     key: Arc<[Token]>,
+    /// Hash of all tokens up to its end.
+    chain: u64,
     block: BlockId,
     /// `None`: a child of the root.
     parent: Option<NodeId>,
@@ -120,6 +123,11 @@ impl PrefixTree {
         self.node(id).map_or(&[], |node| &node.key)
     }
 
+    /// See [`evicted::chain`]; 0 for the root.
+    pub(crate) fn chain(&self, id: Option<NodeId>) -> u64 {
+        id.and_then(|id| self.node(id)).map_or(0, |node| node.chain)
+    }
+
     /// The child with exactly these tokens.
     pub(crate) fn child(&self, parent: Option<NodeId>, tokens: &[Token]) -> Option<NodeId> {
         self.children(parent).get(tokens).copied()
@@ -173,6 +181,7 @@ impl PrefixTree {
         let key: Arc<[Token]> = tokens.into();
         let node = Node {
             key: Arc::clone(&key),
+            chain: evicted::chain(self.chain(parent), tokens),
             block,
             parent,
             children: Children::new(),

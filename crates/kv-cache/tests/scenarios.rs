@@ -283,8 +283,8 @@ fn a_miss_says_where_the_prompts_part() {
     let divergence = cache.divergence(&changed, 5);
     assert_eq!((divergence.position, divergence.differs()), (17, true));
     assert_eq!(
-        (divergence.asked, divergence.cached),
-        (vec![99, 18, 19, 20, 21], tokens(17..22))
+        (divergence.before, divergence.asked, divergence.cached),
+        (tokens(12..17), vec![99, 18, 19, 20, 21], tokens(17..22))
     );
     let longer = [prompt.clone(), vec![70]].concat();
     let divergence = cache.divergence(&longer, 5);
@@ -300,6 +300,27 @@ fn a_miss_says_where_the_prompts_part() {
             .position,
         0
     );
+}
+
+/// A prompt that was here and had to make room is not taken for a new one, nor a new one for it.
+#[test]
+fn what_was_evicted_is_told_from_what_never_was_here() {
+    let mut cache = KvCache::new(config(6, 4)).unwrap();
+    let [first, second] = [tokens(0..20), tokens(100..120)];
+    converse(&mut cache, 1, &first, &[]);
+    let evicted = |cache: &KvCache<()>, prompt: &[Token]| {
+        let found = cache.divergence(prompt, 5);
+        (found.evicted, found.position)
+    };
+    assert_eq!(evicted(&cache, &first), (false, 20));
+    converse(&mut cache, 2, &second, &[]);
+    // One block of the first one has found room.
+    assert_eq!(evicted(&cache, &first), (true, 4));
+    let changed = [&first[..6], &[77; 14]].concat();
+    assert_eq!(evicted(&cache, &changed), (false, 4));
+    assert_eq!(evicted(&cache, &tokens(50..70)), (false, 0));
+    converse(&mut cache, 3, &first, &[]);
+    assert_eq!(evicted(&cache, &first), (false, 20));
 }
 
 #[test]

@@ -110,6 +110,12 @@ impl Scheduler {
             if job.unread() {
                 return;
             }
+            // Before the admission: that may evict what it tells of.
+            let miss = self
+                .explained
+                .filter(|_| !job.started)
+                .map(|tokens| self.cache.divergence(&job.tokens, tokens))
+                .filter(|found| found.differs() || found.evicted);
             let answer = self.cache.admit(&Request {
                 id,
                 arrival,
@@ -119,6 +125,7 @@ impl Scheduler {
             match answer {
                 Ok(Admission::Admit(admitted)) => {
                     self.queue.remove(&arrival);
+                    plan.misses.extend(miss.map(|miss| (id, miss)));
                     let (first, group) = (!job.begun, job.group);
                     plan.copies.extend(admitted.copies);
                     move_blocks(self.cache.compact(id, *movable), movable, plan);

@@ -21,6 +21,8 @@ pub struct Scheduler {
     /// compares its whole prompt with the tree, which is too much for every step.
     pub(crate) ask_again: bool,
     pub(crate) totals: Totals,
+    /// Tokens to show of what was not found.
+    pub(crate) explained: Option<usize>,
 }
 
 /// What has happened since the start.
@@ -75,6 +77,7 @@ impl Scheduler {
             arrivals: 0,
             ask_again: true,
             totals: Totals::default(),
+            explained: None,
         })
     }
 
@@ -226,6 +229,12 @@ impl Scheduler {
     pub fn clear_cache(&mut self) -> usize {
         self.ask_again = true;
         self.cache.clear()
+    }
+
+    /// Whether plans say why prompts were not found in the cache, and with how many tokens at most before, after and in
+    /// place of what differs. It compares every prompt with the tree once more.
+    pub fn explain(&mut self, tokens: Option<usize>) {
+        self.explained = tokens;
     }
 
     /// Where a prompt and the nearest cached one part, with at most `window` tokens of both from there.

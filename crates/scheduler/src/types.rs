@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use kv_cache::{BlockId, CopyBlock, SeqId, SlotRun, Token, TooLarge};
+use kv_cache::{BlockId, CopyBlock, Divergence, SeqId, SlotRun, Token, TooLarge};
 
 /// A request as it comes in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +68,9 @@ pub struct Plan {
     /// These lost their blocks and are in the queue again, to be prefilled again later. For the log; the engine has
     /// nothing to do about them.
     pub preempted: Vec<SeqId>,
+    /// Requests that run now for the first time and do not find all of their prompt, although something like it was cached:
+    /// why. Only where somebody wants to know ([`Scheduler::explain`](crate::Scheduler::explain)).
+    pub misses: Vec<(SeqId, Divergence)>,
     /// Blocks to copy before everything else, in this order.
     pub copies: Vec<CopyBlock>,
     /// Parts of prompts, in this order, each of another sequence.

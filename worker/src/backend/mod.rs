@@ -134,8 +134,7 @@ pub enum GenerationEvent {
         /// Tokens of the prompt whose keys and values came from the prefix cache. (Also in [`Usage`]; known here
         /// already, because a reply that ends at a stop string never sees the engine's own end.)
         cached_tokens: usize,
-        /// Where the prompt parts from what was cached, if it was cached differently and somebody wants to know (debug
-        /// logs).
+        /// Where the prompt parts from what is cached, if something like it was and somebody wants to know (debug logs).
         miss: Option<Box<Miss>>,
     },
     /// More of the prompt was cached by the time it was computed than [`Self::Started`] said: others had computed it
@@ -162,15 +161,19 @@ pub enum GenerationEvent {
     Failed(EngineError),
 }
 
-/// A prompt that begins like a cached one and then goes on differently.
+/// A prompt that begins like a cached one and then goes on differently, or that was cached and is no more.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Miss {
-    /// Index of the first token that differs.
+    /// Index of the first token that differs, or is missing.
     pub position: usize,
+    /// The tokens before that, a few, which both have.
+    pub before: Vec<u32>,
     /// The prompt's tokens from there, a few.
     pub asked: Vec<u32>,
     /// The cached prompt's tokens from there, a few.
     pub cached: Vec<u32>,
+    /// It is not that the prompt has changed: what was cached of it has made room for others.
+    pub evicted: bool,
 }
 
 /// Log-probabilities (natural logarithm, after penalties and bias, before temperature and truncation) at one position.

@@ -22,6 +22,9 @@ use crate::backend::{EngineError, EngineState, GenerateRequest, GenerationEvent,
 use crate::model::LoadProgress;
 use crate::model::weights::{self, WeightFile};
 
+/// Tokens around the place where a prompt parts from the cached one: enough for a line of the log.
+const SHOWN: usize = 40;
+
 /// What the handle asks of the thread.
 #[derive(Debug)]
 pub(super) enum Command {
@@ -200,8 +203,7 @@ impl<'a> Loop<'a> {
         self.next_id += 1;
         let room = self.most_tokens.saturating_sub(request.prompt.len());
         let limit = request.max_tokens.min(room);
-        let miss = self.miss(&request.prompt);
-        let sequence = Sequence::new(&request, events, place, limit, miss);
+        let sequence = Sequence::new(&request, events, place, limit);
         let new = NewRequest {
             id,
             group,
@@ -215,21 +217,6 @@ impl<'a> Loop<'a> {
             }
             Err(refusal) => sequence.fail(refused(&refusal)),
         }
-    }
-
-    /// Where a prompt that could have been reused parts from what is cached. Looked up for debug logs only.
-    fn miss(&self, prompt: &[u32]) -> Option<Box<Miss>> {
-        if !tracing::enabled!(tracing::Level::DEBUG) {
-            return None;
-        }
-        let found = self.scheduler.divergence(prompt, 16);
-        found.differs().then(|| {
-            Box::new(Miss {
-                position: found.position,
-                asked: found.asked,
-                cached: found.cached,
-            })
-        })
     }
 
     fn drop_cancelled(&mut self) {
@@ -250,6 +237,8 @@ impl<'a> Loop<'a> {
         if self.scheduler.is_idle() && !self.stepper.is_flying() {
             return Ok(());
         }
+        let debug = tracing::enabled!(tracing::Level::DEBUG);
+        self.scheduler.explain(debug.then_some(SHOWN));
         let plan = self.scheduler.plan(self.started.elapsed());
         self.counters.steps.fetch_add(1, Relaxed);
         // Before the step and not only after it: a step that never ends must be seen as one, also where it only reads
@@ -276,6 +265,17 @@ impl<'a> Loop<'a> {
             if let Some(sequence) = self.sequences.remove(&id) {
                 let defect = "the KV cache refused what it had promised; this is a defect of the worker";
                 sequence.fail(EngineError::Step(defect.to_owned()));
+            }
+        }
+        for (id, found) in plan.misses {
+            if let Some(sequence) = self.sequences.get_mut(&id) {
+                sequence.miss = Some(Box::new(Miss {
+                    position: found.position,
+                    before: found.before,
+                    asked: found.asked,
+                    cached: found.cached,
+                    evicted: found.evicted,
+                }));
             }
         }
         for id in plan.preempted {

@@ -21,7 +21,8 @@ pub(super) struct Sequence {
     cached_tokens: usize,
     /// The prompt has been computed once, and the reader knows all that was cached of it.
     told: bool,
-    miss: Option<Box<Miss>>,
+    /// Why its prompt was not found in the cache, to be told when it starts.
+    pub(super) miss: Option<Box<Miss>>,
     /// Most tokens to generate: what was asked for, or what the context has room for.
     limit: usize,
     /// Tokens sent to the reader or, for the last one, drawn as a stop token.
@@ -43,7 +44,6 @@ impl Sequence {
         events: mpsc::Sender<GenerationEvent>,
         place: Place,
         limit: usize,
-        miss: Option<Box<Miss>>,
     ) -> Self {
         let sampling: SamplingParams = request.sampling.clone();
         Self {
@@ -55,7 +55,7 @@ impl Sequence {
             prompt_tokens: request.prompt.len(),
             cached_tokens: 0,
             told: false,
-            miss,
+            miss: None,
             limit,
             generated: 0,
         }

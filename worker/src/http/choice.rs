@@ -6,6 +6,9 @@ use chat_format::{CallOutcome, Delta, EndReason, OutputParser, StopMatcher};
 use crate::backend::{self, EngineError, GenerationEvent, TokenLogprobs};
 use crate::text::{Detokenizer, TextTokenizer};
 
+/// Characters of text on each side of the place where a prompt parts from the cached one.
+const SHOWN: usize = 40;
+
 /// A reply on its way.
 pub(super) struct Choice {
     tokenizer: TextTokenizer,
@@ -71,11 +74,19 @@ impl Choice {
                 .collect();
             String::from_utf8_lossy(&bytes).into_owned()
         };
+        let before: Vec<char> = text(&miss.before).chars().rev().take(SHOWN).collect();
+        let start = |ids: &[u32]| text(ids).chars().take(SHOWN).collect::<String>();
         tracing::debug!(
             first_different_token = miss.position,
-            asked = text(&miss.asked),
-            cached = text(&miss.cached),
-            "the prompt parts from the cached one"
+            before = before.iter().rev().collect::<String>(),
+            asked = start(&miss.asked),
+            cached = start(&miss.cached),
+            "{}",
+            if miss.evicted {
+                "the prompt was cached, and has made room for others"
+            } else {
+                "the prompt parts from the cached one"
+            }
         );
     }
 
