@@ -135,7 +135,8 @@ pub struct StepShape {
 }
 
 impl StepShape {
-    /// Bytes that are alive at the widest place of one layer, and the logits. Rough: a few per cent of the weights for
+    /// Bytes that are alive at the widest place of one layer, and the logits, for a chunk of a prompt and all rows in one step.
+    /// Rough: a few per cent of the weights for
     /// usual models, and replaced by the measured figure as soon as there is one.
     #[must_use]
     pub fn estimate(&self) -> u64 {
@@ -148,7 +149,7 @@ impl StepShape {
         let per_token = product(&[self.hidden, 4, self.element_bytes])
             .saturating_add(product(&[self.feed_forward, 3, self.element_bytes]))
             .saturating_add(product(&[self.heads, self.head_dim, 4, self.element_bytes]));
-        let layer = per_token.saturating_mul(self.tokens.max(self.rows) as u64);
+        let layer = per_token.saturating_mul(self.tokens.saturating_add(self.rows) as u64);
         let scores = if self.fused_attention {
             0
         } else {
@@ -158,9 +159,12 @@ impl StepShape {
         };
         // Keys and values, and as much again for what they are made of.
         let expanded = self.expanded.saturating_mul(product(&[self.element_bytes, 4]));
-        // Logits in single precision, with bias and penalties, sorted for top-p, and as probabilities.
-        let logits = product(&[self.rows.max(1), self.vocabulary, size_of::<f32>(), 4]);
-        layer.saturating_add(scores).saturating_add(expanded).max(logits)
+        // Logits in single precision, with bias and penalties, sorted for top-p, and as probabilities; the prompt's too.
+        let logits = product(&[self.rows.saturating_add(1), self.vocabulary, size_of::<f32>(), 4]);
+        layer
+            .saturating_add(scores)
+            .saturating_add(expanded)
+            .saturating_add(logits)
     }
 }
 

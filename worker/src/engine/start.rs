@@ -145,7 +145,7 @@ pub(super) fn start(
     let storage = model.storage();
     let weight_files = model.device_reads().to_vec();
     let tokens = plan.kv_tokens().min(context_length);
-    let mut steps = Steps::new(progress, warm_steps(&config, tokens, shape.fused_attention));
+    let mut steps = Steps::new(progress, warm_steps(&config, tokens));
     let kernel_rows = (config.attention != AttentionChoice::Reference).then_some(config.max_running);
     let (mut stepper, kernels) = Stepper::new(
         model,
@@ -331,14 +331,15 @@ fn warm_rows(config: &EngineConfig, tokens: usize) -> usize {
 const WARM_DECODES: usize = 2;
 
 /// Pieces that the warm-up reports: the kernels' test, each prefill, each decode.
-fn warm_steps(config: &EngineConfig, tokens: usize, fused: bool) -> usize {
-    1 + usize::from(fused) + warm_rows(config, tokens) + WARM_DECODES
+fn warm_steps(config: &EngineConfig, tokens: usize) -> usize {
+    1 + warm_rows(config, tokens) + WARM_DECODES
 }
 
-/// A real prefill and decodes, greedy and sampled, at the shapes that matter: the largest chunk over the longest context
-/// that a step may look back on, and as many rows as may run. Kernels are compiled and weights touched before anybody waits
-/// for it, the memory that the largest step needs is seen, and a model that cannot run is found before the port is
-/// announced. `tokens`: positions that a sequence may have.
+/// Real prefills and decodes, greedy and sampled, at the shapes that matter: in the end steps as large as one can be, which
+/// compute the largest chunk over the longest context that a step may look back on, and decode as many rows as may run, two
+/// of them in flight as they are in traffic. Kernels are compiled and weights touched before anybody waits for it, the memory
+/// that the largest step needs is seen, and a model that cannot run is found before the port is announced. `tokens`:
+/// positions that a sequence may have; `fused`: attention whose cost allows for that context, otherwise the chunk is short.
 fn warm_up(
     stepper: &mut Stepper,
     config: &EngineConfig,
@@ -347,10 +348,6 @@ fn warm_up(
     steps: &mut Steps<'_>,
 ) -> Result<(), Exception> {
     let block_size = config.block_size;
-    if fused {
-        longest_chunk(stepper, config, tokens)?;
-        steps.next();
-    }
     let rows = warm_rows(config, tokens);
     let room = (tokens / block_size / rows).saturating_mul(block_size);
     let prompt = vec![0_u32; config.prefill_chunk.min(room.saturating_sub(4)).clamp(1, 64)];
@@ -358,8 +355,7 @@ fn warm_up(
     let mut samplers: Vec<Sampler> = (0..rows)
         .map(|row| SamplingParams {
             temperature: if row % 2 == 0 { 0.0 } else { 0.7 },
-            top_p: 0.9,
-            ..SamplingParams::greedy()
+            ..drawn()
         })
         .map(|params| Sampler::new(params, &prompt, None))
         .collect();
@@ -384,8 +380,28 @@ fn warm_up(
         stepper.wait()?;
         steps.next();
     }
+    let chunk = if fused {
+        WarmChunk::longest(config, tokens)?
+    } else {
+        WarmChunk {
+            tokens: prompt.clone(),
+            start: 0,
+            table: tables.first().cloned().unwrap_or_default(),
+        }
+    };
     for step in 0..WARM_DECODES {
         stepper.begin();
+        // A prompt that ends while the others are decoded: what its chunk and its draw need comes on top of what they do.
+        let runs = super::stepper::runs(&chunk.table, block_size, chunk.start, chunk.tokens.len());
+        let (id, mut sampler) = (SeqId(rows as u64), Sampler::new(drawn(), &chunk.tokens, None));
+        stepper.prefill(
+            id,
+            &chunk.tokens,
+            chunk.start,
+            &runs,
+            &chunk.table,
+            Some((&mut sampler, None)),
+        )?;
         let position = prompt.len() + step;
         let rows = (0..)
             .zip(&tables)
@@ -412,27 +428,47 @@ fn warm_up(
     Ok(())
 }
 
-/// The step that needs most memory: a whole chunk at the end of the longest context that the budget allows for it.
-fn longest_chunk(stepper: &mut Stepper, config: &EngineConfig, tokens: usize) -> Result<(), Exception> {
-    let block_size = config.block_size;
-    let chunk = config.prefill_chunk.min(tokens).max(1);
-    let budget = usize::try_from(config.step_budget / chunk as u64).unwrap_or(usize::MAX);
-    let end = budget.min(tokens).max(chunk);
-    let start = end - chunk;
-    let mut table = (0..end.div_ceil(block_size))
-        .map(|block| u32::try_from(block).map(BlockId))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|_| Exception::custom("too many blocks"))?;
-    // In two pieces: what lies apart is copied together before it is attended to.
-    let half = table.len() / 2;
-    table.rotate_left(half);
-    let runs = super::stepper::runs(&table, block_size, start, chunk);
-    stepper.begin();
-    stepper.prefill(SeqId(0), &vec![0; chunk], start, &runs, &table, None)?;
-    stepper.begin();
-    stepper.read()?;
-    stepper.clear();
-    Ok(())
+/// Sampling with all that a request may ask for, as the defaults do in part: penalties, which keep a history over the whole
+/// vocabulary, and every way to leave tokens out.
+fn drawn() -> SamplingParams {
+    SamplingParams {
+        temperature: 0.7,
+        top_p: 0.9,
+        top_k: 50,
+        min_p: 0.01,
+        repetition_penalty: 1.05,
+        presence_penalty: 0.1,
+        frequency_penalty: 0.01,
+        ..SamplingParams::greedy()
+    }
+}
+
+/// A prompt's last chunk.
+struct WarmChunk {
+    tokens: Vec<u32>,
+    start: usize,
+    table: Vec<BlockId>,
+}
+
+impl WarmChunk {
+    /// The one that needs most memory: whole, and at the end of the longest context that the budget allows for it.
+    fn longest(config: &EngineConfig, tokens: usize) -> Result<Self, Exception> {
+        let chunk = config.prefill_chunk.min(tokens).max(1);
+        let budget = usize::try_from(config.step_budget / chunk as u64).unwrap_or(usize::MAX);
+        let end = budget.min(tokens).max(chunk);
+        let mut table = (0..end.div_ceil(config.block_size))
+            .map(|block| u32::try_from(block).map(BlockId))
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|_| Exception::custom("too many blocks"))?;
+        // In two pieces: what lies apart is copied together before it is attended to.
+        let half = table.len() / 2;
+        table.rotate_left(half);
+        Ok(Self {
+            tokens: vec![0; chunk],
+            start: end - chunk,
+            table,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -465,6 +501,43 @@ mod tests {
             ..both
         };
         assert_eq!(kv_bytes(&neither, &device), None);
+    }
+
+    /// The largest step is measured, and not its parts: a whole chunk at the end of a long context, beside every row, with all
+    /// that sampling can need; and twice, as one is issued before the one before it has been read.
+    #[test]
+    fn the_warm_up_takes_the_largest_steps_that_there_can_be() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied");
+        let config = EngineConfig {
+            max_running: 3,
+            prefill_chunk: 40,
+            ..EngineConfig::new(folder)
+        };
+        let (mut parts, info) = start(config.clone(), &mut |_| {}).unwrap();
+        let tokens = info.kv_capacity_tokens.min(info.context_length);
+        for (fused, expected) in [(false, (40, 40, 3)), (true, (40, tokens, 3))] {
+            let mut seen = Vec::new();
+            let mut heard = |progress| seen.push(progress);
+            let mut steps = Steps::new(&mut heard, warm_steps(&config, tokens) - 1);
+            parts.stepper.issued.clear();
+            warm_up(&mut parts.stepper, &config, tokens, fused, &mut steps).unwrap();
+            assert_eq!(
+                parts
+                    .stepper
+                    .issued
+                    .iter()
+                    .filter(|step| **step == expected)
+                    .count(),
+                WARM_DECODES,
+                "{:?}",
+                parts.stepper.issued
+            );
+            assert_eq!(
+                seen.last().map(|last| last.done),
+                seen.last().map(|last| last.total)
+            );
+        }
+        assert!(!parts.stepper.is_flying());
     }
 
     /// A start that is alive says so with every piece of work, and never goes back.

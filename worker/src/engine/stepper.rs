@@ -41,6 +41,9 @@ pub(super) struct Stepper {
     /// What is to go wrong.
     #[cfg(test)]
     pub(super) faults: Faults,
+    /// Of each step: tokens computed of prompts, the position where the last of these ended, rows decoded.
+    #[cfg(test)]
+    pub(super) issued: Vec<(usize, usize, usize)>,
 }
 
 /// Failures to be met by tests.
@@ -143,6 +146,8 @@ impl Stepper {
             parameters: None,
             #[cfg(test)]
             faults: Faults::default(),
+            #[cfg(test)]
+            issued: Vec::new(),
         };
         Ok((stepper, report))
     }
@@ -161,6 +166,8 @@ impl Stepper {
     pub(super) fn begin(&mut self) {
         self.chunks_before = std::mem::take(&mut self.chunks);
         self.landed.append(&mut self.flights);
+        #[cfg(test)]
+        self.issued.push((0, 0, 0));
     }
 
     pub(super) fn copy(&self, copies: &[CopyBlock]) -> Step {
@@ -217,6 +224,11 @@ impl Stepper {
         if self.faults.prompt == Some(start + tokens.len()) && draw.is_some() {
             return Err(Exception::custom("a prompt that no graph can be made of").into());
         }
+        #[cfg(test)]
+        if let Some((computed, end, _)) = self.issued.last_mut() {
+            *computed += tokens.len();
+            *end = start + tokens.len();
+        }
         self.settle()?;
         let writes = self.writes(runs)?;
         let reads = spans(table, self.block_size, start + tokens.len())?;
@@ -247,6 +259,10 @@ impl Stepper {
 
     /// The next token of every row, from the draws of the step before. `samplers` has those of `rows`, in that order.
     pub(super) fn decode(&mut self, rows: &[DecodeRow<'_>], samplers: &mut [&mut Sampler]) -> Step {
+        #[cfg(test)]
+        if let Some((_, _, decoded)) = self.issued.last_mut() {
+            *decoded += rows.len();
+        }
         let ids: Vec<SeqId> = rows.iter().map(|row| row.id).collect();
         self.settle_strangers(&ids)?;
         let (tokens, mut history) = self.previous(&ids)?;

@@ -212,8 +212,11 @@ fn the_estimate_knows_what_dominates() {
         fused_attention: true,
         expanded: 0,
     };
-    let layer = 512 * 2 * (2048 * 4 + 8 * 768 * 3 + 32 * 128 * 4);
-    assert_eq!(shape.estimate(), layer);
+    let token = 2 * (2048 * 4 + 8 * 768 * 3 + 32 * 128 * 4);
+    let logits = 151_936 * 4 * 4;
+    // A chunk and all rows, in one step.
+    let whole = (512 + 4) * token + (4 + 1) * logits;
+    assert_eq!(shape.estimate(), whole);
     let scores = 512 * 32_768 * 32 * 2 * 2;
     assert_eq!(
         StepShape {
@@ -221,7 +224,7 @@ fn the_estimate_knows_what_dominates() {
             ..shape
         }
         .estimate(),
-        layer + scores
+        whole + scores
     );
     // Keys and values of the whole context, in numbers.
     assert_eq!(
@@ -230,14 +233,14 @@ fn the_estimate_knows_what_dominates() {
             ..shape
         }
         .estimate(),
-        layer + 32_768 * 4 * 128 * 2 * 4
+        whole + 32_768 * 4 * 128 * 2 * 4
     );
     let decode = StepShape {
         tokens: 1,
         rows: 64,
         ..shape
     };
-    assert_eq!(decode.estimate(), 64 * 151_936 * 4 * 4);
+    assert_eq!(decode.estimate(), 65 * (token + logits));
 }
 
 fn any_facts() -> impl Strategy<Value = MemoryFacts> {
