@@ -353,6 +353,29 @@ mod tests {
         assert!(names_seen > 15, "{names_seen}");
     }
 
+    /// A model whose calls would stay text without a word.
+    #[test]
+    fn tool_calls_that_nobody_parses_are_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let read = |template: &str, line: &str| {
+            std::fs::write(folder.path().join("chat_template.jinja"), template).unwrap();
+            let arguments: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+            let knobs = knobs::parse_args(&arguments).unwrap().knobs;
+            chat_format(&knobs, folder.path()).unwrap().unwrap()
+        };
+        let tags = "{% for tool in tools %}{{ tool }}{% endfor %}<tool_call><function=name></tool_call>";
+        let chat = read(tags, "m");
+        assert_eq!(chat.tool_format, ToolFormat::None);
+        assert!(chat.unknown_tools.unwrap().contains("Qwen3-Coder"));
+        // Nothing to tell of what was asked for, and of a format that is known.
+        assert_eq!(read(tags, "m --tool-call-parser none").unknown_tools, None);
+        assert_eq!(read("{{ tools }}<tool_call>", "m").unknown_tools, None);
+        assert_eq!(
+            read("{{ messages }}", "m --reasoning-parser qwen3").reasoning,
+            ReasoningFormat::Think
+        );
+    }
+
     #[test]
     fn a_step_is_suspicious_at_half_of_the_watchdogs_time() {
         let seconds = Duration::from_secs;
