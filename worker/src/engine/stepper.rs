@@ -280,7 +280,7 @@ impl Stepper {
             .collect::<Result<Vec<_>>>()?;
         // Kernels gather nothing.
         let most_padded = if self.model.has_kernels() { 0 } else { MOST_PADDED };
-        let places = Rows::new(places, most_padded);
+        let places = Rows::new(places, most_padded, self.kv.extent())?;
         let logits = self.model.step(&tokens, &places, &self.kv)?;
         if self.parameters.as_ref().is_none_or(|(known, _)| *known != ids) {
             let shared: Vec<&Sampler> = samplers.iter().map(|sampler| &**sampler).collect();

@@ -43,6 +43,7 @@ pub(super) struct LayerSlabs {
 #[derive(Debug)]
 pub struct KvSlabs {
     layers: Vec<LayerSlabs>,
+    kv_heads: i32,
     positions: i32,
     dtype: Dtype,
 }
@@ -61,9 +62,10 @@ impl KvSlabs {
                 values: Store::new(shape, dtype, quantization)?,
             })
         };
-        let [_, positions, _] = shape;
+        let [kv_heads, positions, _] = shape;
         Ok(Self {
             layers: (0..layers).map(layer).collect::<Result<_>>()?,
+            kv_heads,
             positions,
             dtype,
         })
@@ -73,6 +75,12 @@ impl KvSlabs {
     #[must_use]
     pub fn positions(&self) -> i32 {
         self.positions
+    }
+
+    /// Heads, and positions of each: the first axes of every slab.
+    #[must_use]
+    pub fn extent(&self) -> [i32; 2] {
+        [self.kv_heads, self.positions]
     }
 
     /// Type of keys and values as attention sees them.
@@ -154,11 +162,11 @@ pub struct Rows {
 /// All rows' keys gathered at once, each padded to the longest.
 #[derive(Debug)]
 pub(super) struct Padded {
-    /// Slab positions: `[rows * longest]`, int32.
+    /// Places in a slab whose heads are laid end to end: `[rows, kv_heads, longest]`, int32. MLX copies such a place at once; of
+    /// positions gathered along the middle axis its CPU build would copy one number at a time.
     pub(super) index: Array,
     /// True where a position counts: `[rows, 1, 1, longest]`.
     pub(super) mask: Array,
-    pub(super) longest: i32,
 }
 
 /// One row of a [`Rows`].
@@ -176,9 +184,13 @@ pub struct Row {
 
 impl Rows {
     /// `most_padded`: rows are gathered together while that reads at most so many positions; past it each row is
-    /// attended to by itself, which costs more operations and reads no padding.
-    #[must_use]
-    pub fn new(rows: Vec<Row>, most_padded: i32) -> Self {
+    /// attended to by itself, which costs more operations and reads no padding. `extent`: of the slabs that are read
+    /// ([`KvSlabs::extent`]).
+    ///
+    /// # Errors
+    ///
+    /// MLX's own.
+    pub fn new(rows: Vec<Row>, most_padded: i32, extent: [i32; 2]) -> Result<Self> {
         let count = i32::try_from(rows.len()).unwrap_or(i32::MAX);
         let column = |value: fn(&Row) -> i32| {
             let values: Vec<i32> = rows.iter().map(value).collect();
@@ -188,15 +200,15 @@ impl Rows {
         let first_slot = rows.first().map_or(0, |row| row.slot);
         let (reads, blocks): (Vec<Vec<Span>>, _) =
             rows.into_iter().map(|row| (row.reads, row.blocks)).unzip();
-        let padded = Padded::new(&reads, most_padded);
-        Self {
+        let padded = Padded::new(&reads, most_padded, extent).transpose()?;
+        Ok(Self {
             positions,
             slots,
             first_slot,
             reads,
             blocks,
             padded,
-        }
+        })
     }
 
     /// The rows' blocks: `[rows, width]`, int32, filled up with zeros. The width is a power of two, so that a growing
@@ -245,7 +257,7 @@ impl Rows {
 
 impl Padded {
     /// `None` for a single row, which has nothing to be padded to, or when it would read too much.
-    fn new(reads: &[Vec<Span>], most: i32) -> Option<Self> {
+    fn new(reads: &[Vec<Span>], most: i32, extent: [i32; 2]) -> Option<Result<Self>> {
         let length = |spans: &[Span]| spans.iter().map(|span| span.length).sum::<i32>();
         let longest = reads.iter().map(|spans| length(spans)).max()?;
         let rows = i32::try_from(reads.len()).ok()?;
@@ -255,6 +267,8 @@ impl Padded {
         if rows < 2 || all > most || all > total.saturating_mul(2) {
             return None;
         }
+        let [heads, each] = extent;
+        heads.checked_mul(each)?;
         let capacity = usize::try_from(all).ok()?;
         let (mut index, mut mask) = (Vec::with_capacity(capacity), Vec::with_capacity(capacity));
         for spans in reads {
@@ -267,11 +281,11 @@ impl Padded {
             index.resize(index.len() + padding, spans.first().map_or(0, |span| span.start));
             mask.resize(index.len(), false);
         }
-        Some(Self {
-            index: Array::from_slice(&index, &[all]),
-            mask: Array::from_slice(&mask, &[rows, 1, 1, longest]),
-            longest,
-        })
+        let mask = Array::from_slice(&mask, &[rows, 1, 1, longest]);
+        let positions = Array::from_slice(&index, &[rows, 1, longest]);
+        let heads: Vec<i32> = (0..heads).map(|head| head * each).collect();
+        let heads = Array::from_slice(&heads, &[1, extent[0], 1]);
+        Some(positions.add(heads).map(|index| Self { index, mask }))
     }
 }
 

@@ -144,8 +144,8 @@ impl Written {
     /// Those of several rows, each padded to the longest: `[rows, kv_heads, longest, head_dim]`.
     pub(super) fn read_rows(&self, padded: &Padded) -> Result<Array> {
         self.gather(|slab| {
-            let shape = [slab.dim(0), -1, padded.longest, slab.dim(2)];
-            slab.take_axis(&padded.index, 1)?.reshape(&shape)?.swap_axes(0, 1)
+            let width = slab.dim(2);
+            slab.reshape(&[-1, width])?.take_axis(&padded.index, 0)
         })
     }
 
@@ -242,11 +242,11 @@ mod tests {
             let place = [span(0, 8)];
             let first = chunk(&place, &place).write(&store, &before).unwrap();
             eval(&first.parts).unwrap();
-            let both = Rows::new(vec![row(3, 0), row(7, 4)], 100);
+            let both = Rows::new(vec![row(3, 0), row(7, 4)], 100, [2, 16]).unwrap();
             let new = numbers(&[2, 2, 1, 64]).add(Array::from_f32(1.0)).unwrap();
             let written = both.write(&store, &new).unwrap();
             let gathered = written.read_rows(both.padded().unwrap()).unwrap();
-            let single = Rows::new(vec![row(7, 4)], 100);
+            let single = Rows::new(vec![row(7, 4)], 100, [2, 16]).unwrap();
             let again = slice(&new, &[0, 0, 0, 0], &[1, 2, 1, 64]).unwrap();
             eval([&gathered]).unwrap();
 

@@ -129,7 +129,7 @@ fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<Ke
         for (place, prompts) in prompts.chunks_exact(count).enumerate() {
             let (from, to) = (int(place * count)?, int((place + 1) * count)?);
             let some = |tokens: &Array| mlx_ext::ops::slice(tokens, &[0, from], &[1, to]);
-            let step = step(prompts, 0);
+            let step = step(kv, prompts, 0)?;
             let tokens = some(&tokens)?;
             // Each evaluated before the next: the kernels write to the cache unseen by MLX.
             let expected = reference(model, kv, &tokens, &step)?.as_type::<f32>()?;
@@ -150,10 +150,10 @@ fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<Ke
     for (rows, positions) in shapes(kv.positions(), block, int(rows)?) {
         let prompts = rows_of(rows, positions, block);
         let tokens = Array::from_slice(&vec![13 % vocab; prompts.len()], &[1, rows]);
-        let reference_ms = time(&prompts, &tokens, |tokens, step| {
+        let reference_ms = time(kv, &prompts, &tokens, |tokens, step| {
             reference(model, kv, tokens, step)
         })?;
-        let kernels_ms = time(&prompts, &tokens, |tokens, step| {
+        let kernels_ms = time(kv, &prompts, &tokens, |tokens, step| {
             kernels.scores(tokens, step.positions(), &step.tables())
         })?;
         tracing::debug!(rows, positions, reference_ms, kernels_ms, "kernels: timed");
@@ -304,7 +304,7 @@ fn spans(prompt: &Prompt, from: i32, to: i32) -> Vec<Span> {
 }
 
 /// The step after `done` others.
-fn step(prompts: &[Prompt], done: i32) -> Rows {
+fn step(kv: &KvSlabs, prompts: &[Prompt], done: i32) -> Result<Rows> {
     let row = |prompt: &Prompt| {
         let position = prompt.length + done;
         let reads = spans(prompt, 0, position + 1);
@@ -316,7 +316,7 @@ fn step(prompts: &[Prompt], done: i32) -> Rows {
             blocks: prompt.blocks.clone(),
         }
     };
-    Rows::new(prompts.iter().map(row).collect(), 8192)
+    Rows::new(prompts.iter().map(row).collect(), 8192, kv.extent())
 }
 
 /// Keys and values that stand where the step after no others writes: two rows for each prompt, all layers side by side.
@@ -361,6 +361,7 @@ fn difference(found: &Array, expected: &Array) -> Result<f32> {
 /// Milliseconds a step, each built while the one before runs, as the engine does: the median of several, since the first of a
 /// kind may have to be compiled.
 fn time(
+    kv: &KvSlabs,
     prompts: &[Prompt],
     tokens: &Array,
     mut scores: impl FnMut(&Array, &Rows) -> Result<Array>,
@@ -368,7 +369,7 @@ fn time(
     let mut tokens = tokens.clone();
     let mut moments = Vec::with_capacity(STEPS + 1);
     for done in 0..=STEPS {
-        let step = step(prompts, int(done)?);
+        let step = step(kv, prompts, int(done)?)?;
         let next = argmax_axis(&scores(&tokens, &step)?, -1, false)?.reshape(&[1, -1])?;
         async_eval([&next])?;
         tokens.eval()?;
