@@ -60,12 +60,13 @@
 //! - **Prefill**: every step computes at most [`Config::prefill_chunk`] prompt tokens, so nobody's decode is held up for
 //!   longer, and at least one while any prompt is unfinished, so steady decoding cannot starve a prompt. The shortest
 //!   rest of a prompt goes first. A prompt that got nothing in [`PATIENCE`] steps goes before the others, the longest
-//!   passed over first: so none is passed over in more than `PATIENCE + max_running - 1` steps in a row.
+//!   passed over first: so none is passed over in more than `PATIENCE + max_running - 1` steps in a row. A prompt is cut
+//!   where it would be cut alone, whatever its company: a piece that a step has no room for waits.
 //! - **Step budget**: one prefill command covers at most [`Config::step_budget`] tokens × context, or one token.
 //! - **Preemption**: when the pool is dry, the last to have arrived goes back to the queue, at its old place. It keeps
 //!   its tokens, and is prefilled again from what is still cached.
 //! - **Neighbours**: wherever there is room for that, the blocks of a sequence follow one another
-//!   ([`kv_cache::runs`]); for that blocks are copied, at most half of the pool for one sequence in one step.
+//!   ([`kv_cache::runs`]); for that blocks are copied, at most half of the pool in one step.
 //! - **The end**: after `max_new_tokens` draws, or at the context length, a sequence is not planned again; the engine
 //!   ends it by [`Scheduler::finish`] when it has read the last draw.
 //!

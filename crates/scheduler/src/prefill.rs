@@ -13,10 +13,6 @@ use crate::types::{Plan, Prefill};
 /// wait for as many chunks as there are long ones. With 4, a long prompt gets a fifth of the prefill at the least.
 pub const PATIENCE: usize = 4;
 
-/// The last piece of a step's share is left alone when it is smaller than this and does not complete a prompt: it would
-/// read all weights for next to nothing.
-const SMALLEST_PIECE: usize = 16;
-
 impl Scheduler {
     pub(crate) fn plan_prefills(&mut self, plan: &mut Plan) {
         let mut order: Vec<_> = self
@@ -43,7 +39,10 @@ impl Scheduler {
         }
     }
 
-    /// Plans at most `left` tokens of one prompt; gives how many.
+    /// Plans the next piece of one prompt if it has at most `left` tokens; gives how many.
+    ///
+    /// A prompt is cut where it would be cut alone, and a piece waits for a step that has room for all of it: how many
+    /// tokens are computed together decides how a device rounds, and a prompt's company shall not.
     fn plan_prefill(&mut self, id: SeqId, left: usize, plan: &mut Plan) -> usize {
         let Some(job) = self.jobs.get_mut(&id) else {
             return 0;
@@ -68,11 +67,11 @@ impl Scheduler {
         let len = piece(
             start,
             rest,
-            left,
+            self.config.prefill_chunk,
             self.config.step_budget,
             self.config.cache.block_size,
         );
-        if len < rest.min(SMALLEST_PIECE) && !plan.prefill.is_empty() {
+        if len > left {
             return 0;
         }
         let tokens = job.tokens.get(start..start + len).unwrap_or(&[]).to_vec();
@@ -104,11 +103,11 @@ impl Scheduler {
     }
 }
 
-/// How many of `rest` tokens from `start` on to compute at once: at most `left`, within the budget, at least one. Where
+/// How many of `rest` tokens from `start` on to compute at once: at most `chunk`, within the budget, at least one. Where
 /// the prompt is cut, better at the end of a block (only there can a sequence go on with blocks that others computed),
 /// else after a multiple of 16 tokens, as matrix kernels like it.
-fn piece(start: usize, rest: usize, left: usize, budget: u64, block_size: usize) -> usize {
-    let most = rest.min(left).min(within_budget(start, budget));
+fn piece(start: usize, rest: usize, chunk: usize, budget: u64, block_size: usize) -> usize {
+    let most = rest.min(chunk).min(within_budget(start, budget));
     if most == rest {
         return rest;
     }
@@ -157,7 +156,7 @@ mod tests {
 
     #[test]
     fn a_prompt_is_cut_at_the_end_of_a_block_or_after_a_multiple_of_16() {
-        let cut = |start, rest, left, block_size| piece(start, rest, left, u64::MAX, block_size);
+        let cut = |start, rest, chunk, block_size| piece(start, rest, chunk, u64::MAX, block_size);
         assert_eq!(cut(0, 1000, 512, 32), 512);
         assert_eq!(cut(0, 500, 512, 32), 500);
         assert_eq!(cut(5, 1000, 512, 32), 507);

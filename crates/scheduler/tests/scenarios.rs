@@ -188,12 +188,36 @@ fn a_chunk_is_shared_by_prompts_that_are_short() {
     for (id, len) in [(0, 700), (1, 100), (2, 50), (3, 90)] {
         submit(&mut scheduler, id, own(id, len), 5);
     }
-    // What is left for the long one would be 16 tokens, and is cut at the end of a block.
+    // What is left has no room for the long one's first piece.
     assert_eq!(
         parts(&step(&mut scheduler)),
-        [(2, 0, 50), (3, 0, 90), (1, 0, 100), (0, 0, 16)]
+        [(2, 0, 50), (3, 0, 90), (1, 0, 100)]
     );
-    assert_eq!(parts(&step(&mut scheduler)), [(0, 16, 256)]);
+    assert_eq!(parts(&step(&mut scheduler)), [(0, 0, 256)]);
+}
+
+#[test]
+fn a_prompt_is_cut_as_if_it_were_alone() {
+    let lengths = [(0, 700), (1, 101), (2, 50), (3, 390), (4, 257), (5, 1000)];
+    let cuts = |submitted: &[(u64, usize)]| {
+        let mut scheduler = scheduler(Config {
+            max_running: 6,
+            ..config()
+        });
+        for &(id, len) in submitted {
+            submit(&mut scheduler, id, own(id, len), 30);
+        }
+        let mut cuts: Vec<(u64, usize, usize)> = Vec::new();
+        for _ in 0..20 {
+            cuts.extend(parts(&step(&mut scheduler)));
+        }
+        cuts.sort_unstable();
+        cuts
+    };
+    let mut alone: Vec<_> = lengths.iter().flat_map(|&one| cuts(&[one])).collect();
+    alone.sort_unstable();
+    assert_eq!(cuts(&lengths), alone);
+    assert_eq!(alone.iter().map(|cut| cut.2).sum::<usize>(), 2498);
 }
 
 #[test]
@@ -487,10 +511,10 @@ fn a_failure_takes_along_those_who_relied_on_it_and_nobody_else() {
         }
         // 1 computes what 2 goes on from, and its token has not been read.
         submit(&mut scheduler, 1, prompt(1, 0), 50);
-        submit(&mut scheduler, 2, [prompt(1, 0), own(6, 900)].concat(), 50);
+        submit(&mut scheduler, 2, [prompt(1, 0), own(6, 100)].concat(), 50);
         assert_eq!(parts(&step(&mut scheduler)), [(1, 256, 256)]);
         let plan = scheduler.plan(NOW);
-        assert_eq!(parts(&plan), [(1, 512, 44), (2, 544, 208)]);
+        assert_eq!(parts(&plan), [(1, 512, 44), (2, 544, 112)]);
         let failed = scheduler.fail(&[SeqId(fails)]);
         assert_eq!(failed, gone.into_iter().map(SeqId).collect::<Vec<_>>());
         scheduler.audit().unwrap();
@@ -498,7 +522,7 @@ fn a_failure_takes_along_those_who_relied_on_it_and_nobody_else() {
         assert_eq!(scheduler.fail(&[SeqId(fails)]), []);
         // What may not have been written is not found again, and what was is.
         let asked = if fails == 2 {
-            [prompt(1, 0), own(6, 900)].concat()
+            [prompt(1, 0), own(6, 100)].concat()
         } else {
             prompt(fails, 0)
         };
