@@ -85,7 +85,7 @@ fn serve(args: ParsedArgs) -> ExitCode {
 }
 
 const BENCH_USAGE: &str = "mlxworker bench MODEL [--streams N] [--prompt-tokens N] [--tokens N] [--warmup N] [--rounds N] \
-                           [--seed N] [--sampling greedy|penalties|default] [--path bare|engine] \
+                           [--seed N] [--sampling greedy|penalties|default] [--path bare|engine|constrained] \
                            [--case STREAMS:PROMPT:TOKENS]... [flags of serve]";
 
 /// How `mlxworker bench` chooses tokens.
@@ -99,12 +99,20 @@ enum Drawing {
     Default,
 }
 
+/// What `mlxworker bench` runs: see `engine::bench`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Path {
+    Bare,
+    Engine,
+    Constrained,
+}
+
 /// A command line of `mlxworker bench`.
 #[derive(Debug, PartialEq, Eq)]
 struct BenchLine {
     wishes: Vec<Wish>,
     drawing: Drawing,
-    through_engine: bool,
+    path: Path,
     /// For the knobs.
     rest: Vec<String>,
 }
@@ -124,7 +132,7 @@ impl BenchLine {
         let mut line = Self {
             wishes: Vec::new(),
             drawing: Drawing::Greedy,
-            through_engine: false,
+            path: Path::Bare,
             rest: Vec::new(),
         };
         let mut cases = Vec::new();
@@ -150,10 +158,11 @@ impl BenchLine {
                     },
                 ),
                 "--path" => set(
-                    &mut line.through_engine,
+                    &mut line.path,
                     match value() {
-                        Some("bare") => Some(false),
-                        Some("engine") => Some(true),
+                        Some("bare") => Some(Path::Bare),
+                        Some("engine") => Some(Path::Engine),
+                        Some("constrained") => Some(Path::Constrained),
                         _ => None,
                     },
                 ),
@@ -236,17 +245,18 @@ fn run_bench(mut args: ParsedArgs, line: &BenchLine) -> anyhow::Result<String> {
         Drawing::Default => usual,
     };
     let config = mlxworker::serve::engine_config(&args.knobs, folder)?;
-    let figures = if line.through_engine {
+    let figures = if line.path == Path::Bare {
+        bench::bare(config, &line.wishes, &sampling)?
+    } else {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()?;
         let mut all = Vec::new();
+        let constrained = line.path == Path::Constrained;
         for &wish in &line.wishes {
-            all.push(runtime.block_on(bench::engine(config.clone(), wish, &sampling))?);
+            all.push(runtime.block_on(bench::engine(config.clone(), wish, &sampling, constrained))?);
         }
         all
-    } else {
-        bench::bare(config, &line.wishes, &sampling)?
     };
     let mut lines = String::new();
     for figures in &figures {
@@ -297,7 +307,7 @@ mod tests {
             .map(|w| [w.streams, w.prompt_tokens, w.tokens, w.warmup, w.rounds])
             .collect();
         assert_eq!(cases, [[1, 2, 3, 0, 2], [4, 5, 6, 0, 2]]);
-        assert!(line.through_engine && line.wishes.iter().all(|wish| wish.seed == 9));
+        assert!(line.path == Path::Engine && line.wishes.iter().all(|wish| wish.seed == 9));
         assert_eq!(line.drawing, Drawing::Penalties);
         assert_eq!(line.rest, ["model", "--block-size", "16"]);
         let line = parse("model --streams 3 --warmup 2").unwrap();
@@ -305,7 +315,7 @@ mod tests {
             (line.wishes.len(), line.wishes[0].streams, line.wishes[0].warmup),
             (1, 3, 2)
         );
-        assert_eq!((line.drawing, line.through_engine), (Drawing::Greedy, false));
+        assert_eq!((line.drawing, line.path), (Drawing::Greedy, Path::Bare));
         for wrong in [
             "--streams 0",
             "--warmup -1",

@@ -38,6 +38,7 @@ fn request(max_tokens: usize, logprobs: Option<usize>) -> GenerateRequest {
         sampling: SamplingParams::greedy(),
         stop_tokens: Vec::new(),
         logprobs,
+        constraint: None,
     }
 }
 

@@ -164,6 +164,7 @@ fn greedy(prompt: &[u32]) -> GenerateRequest {
         sampling: SamplingParams::greedy(),
         stop_tokens: Vec::new(),
         logprobs: None,
+        constraint: None,
     }
 }
 

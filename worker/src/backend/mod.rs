@@ -7,6 +7,7 @@ pub mod scripted;
 
 use std::time::Duration;
 
+use constraint::{Constraint, Opening};
 use thiserror::Error;
 use tokio::sync::{mpsc, watch};
 
@@ -65,11 +66,24 @@ pub struct GenerateRequest {
     pub stop_tokens: Vec<u32>,
     /// `Some(k)`: report each token's log-probability and those of the `k` likeliest, `k` in 0..=20.
     pub logprobs: Option<usize>,
+    /// The form of the reply; `None`: any.
+    pub constraint: Option<Constrained>,
+}
+
+/// The form that a reply has to have. Only tokens that can go on in it are drawn; the model's end-of-sequence set only where it
+/// may end. Where nothing but the end can follow, the reply ends with [`FinishReason::Stop`], without such a token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Constrained {
+    /// The form.
+    pub form: Constraint,
+    /// What may come before it, or in its place.
+    pub opening: Opening,
 }
 
 /// How one request's tokens are chosen. Belongs to the request alone, whatever else runs in the same batch.
 /// The order of operations is vLLM's: bias, repetition, frequency and presence penalties on the logits; then, unless
-/// greedy, temperature, top-k, top-p, min-p.
+/// greedy, temperature, top-k, top-p, min-p. What a constraint forbids gets no share of the draw after the penalties, and before the
+/// temperature.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// Softmax temperature, 0..=2; 0 is greedy.
@@ -176,7 +190,8 @@ pub struct Miss {
     pub evicted: bool,
 }
 
-/// Log-probabilities (natural logarithm, after penalties and bias, before temperature and truncation) at one position.
+/// Log-probabilities (natural logarithm, after penalties, bias and constraint, before temperature and truncation) at one
+/// position. Under a constraint they are shares of what it allows, and what it forbids is not among them.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprobs {
     /// Of the chosen token.
@@ -244,6 +259,9 @@ pub enum EngineError {
     /// Something in this request's own step; the engine lives on.
     #[error("generation failed: {0}")]
     Step(String),
+    /// This request's constraint; the engine lives on.
+    #[error("the reply's form cannot be kept to any longer: {0}")]
+    Constraint(String),
     /// Waited for a place longer than the limit, and so did every other sequence of its request.
     #[error("no place became free within {} s", .0.as_secs())]
     WaitedTooLong(Duration),
@@ -327,6 +345,19 @@ pub struct EngineStats {
     pub cache: CacheStats,
     /// Requests that lost their place in the KV cache to older ones, and were computed again later.
     pub preempted: u64,
+    /// Constrained decoding.
+    pub constraints: ConstraintStats,
+}
+
+/// What constraints have cost since the start.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ConstraintStats {
+    /// Sets of allowed tokens computed, one a token and constrained request.
+    pub masks: u64,
+    /// Time that took.
+    pub mask_time: Duration,
+    /// Decode steps that drew only after the tokens before them had been read.
+    pub late_draws: u64,
 }
 
 /// The prefix cache since the start. A request counts once, however often it had to be computed again.

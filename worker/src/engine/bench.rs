@@ -2,18 +2,21 @@
 //!
 //! *bare*: the model's own steps, one ahead of their reader, with nothing around them: no scheduler, no text, no HTTP.
 //! *engine*: the same through the engine's handle.
+//! *constrained*: so, with replies that have to be JSON strings, over a vocabulary made up for it.
 
 use std::time::{Duration, Instant};
 
+use constraint::{Form, Grammars, Opening, Token};
 use kv_cache::{BlockId, SeqId};
 use mlx_rs::error::Exception;
 use serde::Serialize;
 
+use super::places::runs;
 use super::sampler::Sampler;
 use super::start;
-use super::stepper::{DecodeRow, Fault, Stepper, runs};
+use super::stepper::{DecodeRow, Fault, FirstDraw, Stepper};
 use super::{Engine, EngineConfig, StartError};
-use crate::backend::{Backend, GenerateRequest, GenerationEvent, SamplingParams};
+use crate::backend::{Backend, Constrained, GenerateRequest, GenerationEvent, SamplingParams};
 
 /// What to measure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,7 +39,7 @@ pub struct Wish {
 /// What was measured.
 #[derive(Debug, Clone, Serialize)]
 pub struct Figures {
-    /// `bare` or `engine`.
+    /// `bare`, `engine` or `constrained`.
     pub path: &'static str,
     /// Sequences stepped together.
     pub streams: usize,
@@ -211,7 +214,7 @@ fn run(
     for (((row, prompt), table), sampler) in (0..).zip(prompts).zip(&tables).zip(&mut samplers) {
         for (start, tokens) in (0..).step_by(chunk).zip(prompt.chunks(chunk)) {
             let last = start + tokens.len() == prompt.len();
-            let draw = last.then_some((&mut *sampler, None));
+            let draw = last.then(|| FirstDraw::new(sampler));
             let runs = runs(table, block_size, start, tokens.len());
             stepper.prefill(SeqId(row), tokens, start, &runs, table, draw)?;
         }
@@ -251,7 +254,26 @@ fn run(
     })
 }
 
-/// Through the engine's handle, as the HTTP layer uses it.
+/// A form whose texts are longer than any reply. The model's own tokens do not matter here, but how many there are.
+fn unending(vocab: usize) -> Result<Constrained, StartError> {
+    let failed = |error: String| StartError::WarmUp(error);
+    // The quote, and a word for every other token.
+    let word = |id: usize| match id {
+        0 => "\"".to_owned(),
+        id => format!("{id:x}").replace(|c: char| c.is_ascii_digit(), "g"),
+    };
+    let words: Vec<String> = (0..vocab).map(word).collect();
+    let tokens = words.iter().map(|word| Token::Text(word.as_bytes()));
+    let grammars = Grammars::new(tokens).map_err(|error| failed(error.to_string()))?;
+    let schema = serde_json::json!({"type": "string", "minLength": 1_000_000});
+    let form = grammars.compile(&Form::JsonSchema(schema));
+    Ok(Constrained {
+        form: form.map_err(|error| failed(error.to_string()))?,
+        opening: Opening::default(),
+    })
+}
+
+/// Through the engine's handle, as the HTTP layer uses it; with `constrained`, every reply under a constraint.
 ///
 /// # Errors
 ///
@@ -260,9 +282,11 @@ pub async fn engine(
     config: EngineConfig,
     wish: Wish,
     sampling: &SamplingParams,
+    constrained: bool,
 ) -> Result<Figures, StartError> {
     let engine = Engine::start(config, |_| {}).await?;
     let vocab = engine.info().vocab_size;
+    let constraint = if constrained { Some(unending(vocab)?) } else { None };
     let mut best: Option<Times> = None;
     for round in 0..wish.warmup + wish.rounds.max(1) {
         let started = Instant::now();
@@ -274,6 +298,7 @@ pub async fn engine(
                 sampling: sampling.clone(),
                 stop_tokens: Vec::new(),
                 logprobs: None,
+                constraint: constraint.clone(),
             };
             let generation = engine.submit(request);
             generations.push(generation.map_err(|error| StartError::WarmUp(error.to_string()))?);
@@ -308,11 +333,12 @@ pub async fn engine(
         }
     }
     let best = best.ok_or_else(|| StartError::WarmUp("no rounds".to_owned()))?;
-    Ok(figures(
-        "engine",
-        wish,
-        sampling,
-        best,
-        engine.info().limits.clone(),
-    ))
+    let path = if constrained { "constrained" } else { "engine" };
+    let mut limits = engine.info().limits.clone();
+    let stats = engine.stats().constraints;
+    if stats.masks > 0 {
+        let micros = stats.mask_time.as_secs_f64() * 1e6 / stats.masks as f64;
+        limits.insert("mask_micros".to_owned(), micros.into());
+    }
+    Ok(figures(path, wish, sampling, best, limits))
 }

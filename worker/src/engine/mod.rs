@@ -5,6 +5,7 @@
 //! | `start`    | a configuration to a model that has run                   |
 //! | `run`      | the thread's loop: take requests, step, tell readers      |
 //! | `stepper`  | what the scheduler plans, carried out one step ahead      |
+//! | `places`   | where a sequence lies in the slabs                        |
 //! | `sequence` | one request on its way                                    |
 //! | `memory`   | how memory is divided: arithmetic                         |
 //! | `device`   | what memory there is, and MLX's limits                    |
@@ -17,6 +18,7 @@
 pub mod bench;
 pub mod device;
 pub mod memory;
+mod places;
 mod run;
 mod sampler;
 mod sequence;

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, TryRecvError};
 use std::time::{Duration, Instant};
 
 use kv_cache::SeqId;
+use mlx_rs::Array;
 use mlx_rs::error::Exception;
 use scheduler::{Decode, NewRequest, Plan, Refusal, Scheduler};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -16,7 +17,7 @@ use super::sampler::Sampler;
 use super::sequence::{Outcome, Sequence};
 use super::start;
 use super::stats::{Counters, Place};
-use super::stepper::{DecodeRow, Fault, Landed, Stepper};
+use super::stepper::{DecodeRow, Fault, FirstDraw, Landed, Stepper};
 use super::{EngineConfig, StartError};
 use crate::backend::{EngineError, EngineState, GenerateRequest, GenerationEvent, Miss, ModelInfo};
 use crate::model::LoadProgress;
@@ -251,7 +252,7 @@ impl<'a> Loop<'a> {
             Ok(landed) => self.land(landed),
             Err(error) => self.fail_running(&error)?,
         }
-        Ok(())
+        self.draw()
     }
 
     fn issue(&mut self, plan: Plan) -> Result<(), Broken> {
@@ -301,11 +302,19 @@ impl<'a> Loop<'a> {
             if chunk.last {
                 sequence.computed(self.scheduler.cached_tokens(chunk.id));
             }
-            let draw = if chunk.last {
-                Some((&mut sequence.sampler, sequence.history.take()))
-            } else {
-                None
-            };
+            let (mut draw, mut failed) = (None, None);
+            if chunk.last {
+                match allowed(sequence, &self.stepper, self.counters) {
+                    Ok(allowed) => {
+                        draw = Some(FirstDraw {
+                            sampler: &mut sequence.sampler,
+                            history: sequence.history.take(),
+                            allowed,
+                        });
+                    }
+                    Err(error) => failed = Some(error),
+                }
+            }
             let table = self.scheduler.table(chunk.id);
             let issued = self
                 .stepper
@@ -314,7 +323,11 @@ impl<'a> Loop<'a> {
                 .prefill_tokens
                 .fetch_add(chunk.tokens.len() as u64, Relaxed);
             match issued {
-                Ok(()) => {}
+                Ok(()) => {
+                    if let Some(error) = failed {
+                        self.give_up(chunk.id, error);
+                    }
+                }
                 Err(Fault::Graph(error)) => self.fail(&[chunk.id], &error)?,
                 // With everything that runs, whatever else this plan has to issue is gone.
                 Err(Fault::Device(error)) => return self.fail_running(&error),
@@ -337,6 +350,9 @@ impl<'a> Loop<'a> {
                 table: self.scheduler.table(row.id),
             })
             .collect();
+        let constrained =
+            |row: &DecodeRow<'_>| self.sequences.get(&row.id).is_some_and(Sequence::is_constrained);
+        let late = rows.iter().any(constrained);
         let order: HashMap<SeqId, usize> = rows.iter().zip(0..).map(|(row, place)| (row.id, place)).collect();
         let mut samplers: Vec<(usize, &mut Sampler)> = self
             .sequences
@@ -346,8 +362,9 @@ impl<'a> Loop<'a> {
         samplers.sort_unstable_by_key(|(place, _)| *place);
         let mut samplers: Vec<&mut Sampler> = samplers.into_iter().map(|(_, sampler)| sampler).collect();
         self.counters.decoded(self.stepper.has_kernels());
+        self.counters.late_draws.fetch_add(u64::from(late), Relaxed);
         let generators: Vec<_> = samplers.iter().map(|sampler| sampler.generator()).collect();
-        match self.stepper.decode(&rows, &mut samplers) {
+        match self.stepper.decode_now_or_late(late, &rows, &mut samplers) {
             Ok(()) => return Ok(()),
             Err(Fault::Graph(error)) => tracing::warn!(
                 error = error.what(),
@@ -360,9 +377,10 @@ impl<'a> Loop<'a> {
         let mut failed = Vec::new();
         for ((row, sampler), generator) in rows.iter().zip(samplers).zip(generators) {
             sampler.set_generator(generator);
-            match self.stepper.decode(std::slice::from_ref(row), &mut [sampler]) {
+            let row = std::slice::from_ref(row);
+            match self.stepper.decode_now_or_late(late, row, &mut [sampler]) {
                 Ok(()) => {}
-                Err(Fault::Graph(error)) => failed.push((row.id, error)),
+                Err(Fault::Graph(error)) => failed.extend(row.first().map(|row| (row.id, error))),
                 Err(Fault::Device(error)) => return self.fail_running(&error),
             }
         }
@@ -370,6 +388,39 @@ impl<'a> Loop<'a> {
             self.fail(&[id], &error)?;
         }
         Ok(())
+    }
+
+    /// Draws of a step in which somebody's next token depends on the one that has just been read.
+    fn draw(&mut self) -> Result<(), Broken> {
+        let mut flags = HashMap::new();
+        for id in self.stepper.undrawn() {
+            // Of those that have ended nobody will read the draw.
+            let Some(sequence) = self.sequences.get_mut(&id) else {
+                continue;
+            };
+            match allowed(sequence, &self.stepper, self.counters) {
+                Ok(Some(row)) => drop(flags.insert(id, row)),
+                Ok(None) => {}
+                Err(error) => self.give_up(id, error),
+            }
+        }
+        match self.stepper.draw(&flags) {
+            Ok(failed) => {
+                for (rows, error) in failed {
+                    self.fail(&rows, &error)?;
+                }
+                Ok(())
+            }
+            Err(error) => self.fail_running(&error),
+        }
+    }
+
+    /// Ends one sequence for a reason of its own. What it has computed is right.
+    fn give_up(&mut self, id: SeqId, error: EngineError) {
+        self.scheduler.cancel(id);
+        if let Some(sequence) = self.sequences.remove(&id) {
+            sequence.fail(error);
+        }
     }
 
     /// Tokens have been read: their readers get them.
@@ -444,6 +495,23 @@ impl<'a> Loop<'a> {
         counters.cache(&self.scheduler.totals(), &self.scheduler.counters());
         counters.turned();
     }
+}
+
+/// What a sequence may draw next, as the stepper wants it; `None`: anything.
+fn allowed(
+    sequence: &mut Sequence,
+    stepper: &Stepper,
+    counters: &Counters,
+) -> Result<Option<Array>, EngineError> {
+    if !sequence.is_constrained() {
+        return Ok(None);
+    }
+    let started = Instant::now();
+    let flags = sequence
+        .allowed()
+        .map(|allowed| allowed.map(|allowed| stepper.flags(&allowed)));
+    counters.masked(started.elapsed());
+    flags
 }
 
 fn refused(refusal: &Refusal) -> EngineError {

@@ -252,24 +252,35 @@ impl Parameters {
         })
     }
 
-    /// Draws the next token of every row from `logits`, `[rows, vocab]`; `samplers` are those it was made of.
-    pub(super) fn draw<'a>(
+    /// One number a row and draw, from the row's own generator: a seed means the same in any company. `samplers` are those it was
+    /// made of. `None`: all are greedy.
+    pub(super) fn numbers<'a>(&self, samplers: impl Iterator<Item = &'a mut Sampler>) -> Option<Array> {
+        self.random.as_ref()?;
+        let numbers: Vec<f32> = samplers
+            .map(|sampler| sampler.random.as_mut().map_or(0.0, fastrand::Rng::f32))
+            .collect();
+        Some(Array::from_slice(&numbers, &[self.rows, 1]))
+    }
+
+    /// Draws the next token of every row from `logits`, `[rows, vocab]`, with the step's [`Self::numbers`]. `allowed`: true for the
+    /// tokens that may be drawn, `[rows, vocab]`.
+    pub(super) fn draw(
         &self,
         logits: &Array,
+        numbers: Option<&Array>,
         history: &mut History,
-        samplers: impl Iterator<Item = &'a mut Sampler>,
+        allowed: Option<&Array>,
     ) -> Result<Draw> {
-        let logits = self.adjust(logits, history)?;
+        let mut logits = self.adjust(logits, history)?;
+        if let Some(allowed) = allowed {
+            let never = Array::from_f32(f32::NEG_INFINITY);
+            logits = ops::select(allowed, logits, never)?;
+        }
         let likeliest_token = |logits: &Array| argmax_axis(logits, -1, true);
-        let tokens = match &self.random {
-            None => likeliest_token(&logits)?,
-            Some(random) => {
-                // One number a row and draw, from the row's own generator: a seed means the same in any company.
-                let numbers: Vec<f32> = samplers
-                    .map(|sampler| sampler.random.as_mut().map_or(0.0, fastrand::Rng::f32))
-                    .collect();
-                let numbers = Array::from_slice(&numbers, &[self.rows, 1]);
-                let drawn = random.draw(&logits, &numbers, self.vocab)?;
+        let tokens = match (&self.random, numbers) {
+            (None, _) | (_, None) => likeliest_token(&logits)?,
+            (Some(random), Some(numbers)) => {
+                let drawn = random.draw(&logits, numbers, self.vocab)?;
                 match &random.greedy {
                     None => drawn,
                     Some(greedy) => ops::select(greedy, likeliest_token(&logits)?, drawn)?,

@@ -1,5 +1,6 @@
 //! One request on its way through the engine.
 
+use constraint::{Allowed, Walk};
 use tokio::sync::mpsc;
 
 use super::sampler::{History, Sampler};
@@ -16,6 +17,8 @@ pub(super) struct Sequence {
     pub(super) sampler: Sampler,
     /// Of the draws so far, while they are not part of a step in flight.
     pub(super) history: Option<History>,
+    /// Where the reply is in the form that it has to have.
+    walk: Option<Walk>,
     stop_tokens: Vec<u32>,
     prompt_tokens: usize,
     cached_tokens: usize,
@@ -51,6 +54,10 @@ impl Sequence {
             _place: place,
             sampler: Sampler::new(sampling, &request.prompt, request.logprobs),
             history: None,
+            walk: request
+                .constraint
+                .as_ref()
+                .map(|asked| asked.form.walk(asked.opening.clone(), &request.stop_tokens)),
             stop_tokens: request.stop_tokens.clone(),
             prompt_tokens: request.prompt.len(),
             cached_tokens: 0,
@@ -64,6 +71,19 @@ impl Sequence {
     /// The reader has gone away.
     pub(super) fn is_cancelled(&self) -> bool {
         self.events.is_closed()
+    }
+
+    /// What it may draw next depends on what it has drawn.
+    pub(super) fn is_constrained(&self) -> bool {
+        self.walk.as_ref().is_some_and(Walk::is_constrained)
+    }
+
+    /// What it may draw next; `None`: anything.
+    pub(super) fn allowed(&mut self) -> Result<Option<Allowed>, EngineError> {
+        match &mut self.walk {
+            Some(walk) => walk.allowed().map_err(|error| constraint_error(&error)),
+            None => Ok(None),
+        }
     }
 
     /// Its prefill begins.
@@ -94,7 +114,18 @@ impl Sequence {
             self.finish(FinishReason::Stop);
             return Outcome::Done;
         }
+        let complete = match self.walk.as_mut().map_or(Ok(false), |walk| walk.take(id)) {
+            Ok(complete) => complete,
+            Err(error) => {
+                self.send(GenerationEvent::Failed(constraint_error(&error)));
+                return Outcome::Done;
+            }
+        };
         self.send(GenerationEvent::Token { id, logprob });
+        if complete {
+            self.finish(FinishReason::Stop);
+            return Outcome::Done;
+        }
         if self.generated >= self.limit {
             self.finish(FinishReason::Length);
             return Outcome::Done;
@@ -116,4 +147,8 @@ impl Sequence {
     fn send(&self, event: GenerationEvent) {
         let _ = self.events.try_send(event);
     }
+}
+
+fn constraint_error(error: &constraint::WalkError) -> EngineError {
+    EngineError::Constraint(error.to_string())
 }

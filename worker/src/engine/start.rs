@@ -8,7 +8,7 @@ use scheduler::Scheduler;
 
 use super::memory::{DeviceFacts, DeviceKind, MemoryFacts, MemoryPlan, MemoryWishes, StepShape};
 use super::sampler::Sampler;
-use super::stepper::{DecodeRow, Stepper};
+use super::stepper::{DecodeRow, FirstDraw, Stepper};
 use super::{AttentionChoice, Dequantize, EngineConfig, StartError, device, limits};
 use crate::backend::{ModelInfo, SamplingParams};
 use crate::model::config::ModelConfig;
@@ -374,8 +374,15 @@ fn warm_up(
         .collect::<Result<Vec<_>, _>>()?;
     stepper.begin();
     for ((row, table), sampler) in (0..).zip(&tables).zip(&mut samplers) {
-        let runs = super::stepper::runs(table, block_size, 0, prompt.len());
-        stepper.prefill(SeqId(row), &prompt, 0, &runs, table, Some((sampler, None)))?;
+        let runs = super::places::runs(table, block_size, 0, prompt.len());
+        stepper.prefill(
+            SeqId(row),
+            &prompt,
+            0,
+            &runs,
+            table,
+            Some(FirstDraw::new(sampler)),
+        )?;
         // As a step of its own, so that its end is one.
         stepper.wait()?;
         steps.next();
@@ -392,7 +399,7 @@ fn warm_up(
     for step in 0..WARM_DECODES {
         stepper.begin();
         // A prompt that ends while the others are decoded: what its chunk and its draw need comes on top of what they do.
-        let runs = super::stepper::runs(&chunk.table, block_size, chunk.start, chunk.tokens.len());
+        let runs = super::places::runs(&chunk.table, block_size, chunk.start, chunk.tokens.len());
         let (id, mut sampler) = (SeqId(rows as u64), Sampler::new(drawn(), &chunk.tokens, None));
         stepper.prefill(
             id,
@@ -400,7 +407,7 @@ fn warm_up(
             chunk.start,
             &runs,
             &chunk.table,
-            Some((&mut sampler, None)),
+            Some(FirstDraw::new(&mut sampler)),
         )?;
         let position = prompt.len() + step;
         let rows = (0..)

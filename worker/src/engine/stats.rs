@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use parking_lot::Mutex;
 use scheduler::Totals;
 
-use crate::backend::{CacheStats, EngineStats};
+use crate::backend::{CacheStats, ConstraintStats, EngineStats};
 
 /// See [`CacheStats`].
 #[derive(Debug, Default)]
@@ -53,6 +53,9 @@ pub(super) struct Counters {
     reference_decodes: AtomicU64,
     cache: Cache,
     pub(super) preempted: AtomicU64,
+    masks: AtomicU64,
+    mask_nanos: AtomicU64,
+    pub(super) late_draws: AtomicU64,
     active_bytes: AtomicU64,
     peak_bytes: AtomicU64,
     buffer_cache_bytes: AtomicU64,
@@ -76,6 +79,9 @@ impl Counters {
             reference_decodes: AtomicU64::default(),
             cache: Cache::default(),
             preempted: AtomicU64::default(),
+            masks: AtomicU64::default(),
+            mask_nanos: AtomicU64::default(),
+            late_draws: AtomicU64::default(),
             active_bytes: AtomicU64::default(),
             peak_bytes: AtomicU64::default(),
             buffer_cache_bytes: AtomicU64::default(),
@@ -114,6 +120,13 @@ impl Counters {
             &self.reference_decodes
         };
         counter.fetch_add(1, Relaxed);
+    }
+
+    /// A set of allowed tokens has been computed.
+    pub(super) fn masked(&self, time: Duration) {
+        self.masks.fetch_add(1, Relaxed);
+        let nanos = u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
+        self.mask_nanos.fetch_add(nanos, Relaxed);
     }
 
     /// What the scheduler and its cache have counted so far.
@@ -175,6 +188,11 @@ impl Counters {
                 deduplicated_blocks: self.cache.deduplicated_blocks.load(Relaxed),
             },
             preempted: self.preempted.load(Relaxed),
+            constraints: ConstraintStats {
+                masks: self.masks.load(Relaxed),
+                mask_time: Duration::from_nanos(self.mask_nanos.load(Relaxed)),
+                late_draws: self.late_draws.load(Relaxed),
+            },
         }
     }
 }

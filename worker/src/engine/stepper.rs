@@ -1,14 +1,20 @@
 //! Carries out what the scheduler plans: forward passes and draws, one step ahead of their readers.
 //!
 //! The device is never waited for between a step and the next: step n+1 is built from step n's tokens while these are
-//! still on the device, and only then step n is read.
+//! still on the device, and only then step n is read. Where a row may draw only what its constraint allows, which depends on its token in
+//! step n, step n+1's forward pass is issued before that token is read, and its draws after.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use constraint::Allowed;
 use kv_cache::{BlockId, CopyBlock, KvQuantization, SeqId, SlotRun, copy_runs};
 use mlx_ext::ops::slice;
 use mlx_rs::error::{Exception, Result};
 use mlx_rs::transforms::{async_eval, eval};
 use mlx_rs::{Array, ops};
 
+use super::places::{blocks, flat, int, join, spans};
 use super::sampler::{Draw, DrawnLogprobs, History, Parameters, Sampler};
 use crate::backend::TokenLogprobs;
 use crate::model::Model;
@@ -33,11 +39,13 @@ pub(super) struct Stepper {
     flights: Vec<Flight>,
     /// Draws to read: the step before that.
     landed: Vec<Flight>,
+    /// Forward passes under way that have not been drawn from: one, or one for each row.
+    undrawn: Vec<Forward>,
     /// Keys and values of chunks that end in no draw, from this step and from the one before.
     chunks: Vec<Vec<Array>>,
     chunks_before: Vec<Vec<Array>>,
     /// Parameters of the rows that were stepped together last.
-    parameters: Option<(Vec<SeqId>, Parameters)>,
+    parameters: Option<(Vec<SeqId>, Arc<Parameters>)>,
     /// What is to go wrong.
     #[cfg(test)]
     pub(super) faults: Faults,
@@ -102,6 +110,39 @@ pub(super) struct Flight {
     history: History,
 }
 
+/// What a decode step draws from.
+#[derive(Debug)]
+struct Forward {
+    rows: Vec<SeqId>,
+    /// `[rows, vocab]`.
+    logits: Array,
+    /// Before the draw.
+    history: History,
+    numbers: Option<Array>,
+    parameters: Arc<Parameters>,
+}
+
+/// How the token after a prompt is drawn.
+#[derive(Debug)]
+pub(super) struct FirstDraw<'a> {
+    pub(super) sampler: &'a mut Sampler,
+    /// Of a sequence that has drawn before.
+    pub(super) history: Option<History>,
+    /// See [`Stepper::flags`].
+    pub(super) allowed: Option<Array>,
+}
+
+impl<'a> FirstDraw<'a> {
+    /// Of a new sequence, anything.
+    pub(super) fn new(sampler: &'a mut Sampler) -> Self {
+        Self {
+            sampler,
+            history: None,
+            allowed: None,
+        }
+    }
+}
+
 /// One row of a decode step.
 #[derive(Debug)]
 pub(super) struct DecodeRow<'a> {
@@ -141,6 +182,7 @@ impl Stepper {
             block_size,
             flights: Vec::new(),
             landed: Vec::new(),
+            undrawn: Vec::new(),
             chunks: Vec::new(),
             chunks_before: Vec::new(),
             parameters: None,
@@ -218,7 +260,7 @@ impl Stepper {
         start: usize,
         runs: &[SlotRun],
         table: &[BlockId],
-        draw: Option<(&mut Sampler, Option<History>)>,
+        draw: Option<FirstDraw<'_>>,
     ) -> Step {
         #[cfg(test)]
         if self.faults.prompt == Some(start + tokens.len()) && draw.is_some() {
@@ -239,15 +281,21 @@ impl Stepper {
         };
         let tokens = Array::from_slice(tokens, &[1, int(tokens.len())?]);
         let (hidden, written) = self.model.prefill(&tokens, &chunk, &self.kv)?;
-        let Some((sampler, history)) = draw else {
+        let Some(first) = draw else {
             issue(&written)?;
             self.chunks.push(written);
             return Ok(());
         };
+        let FirstDraw {
+            sampler,
+            history,
+            allowed,
+        } = first;
         let mut history = history.unwrap_or_else(|| sampler.history(self.vocab));
         let parameters = Parameters::new(&[&*sampler], self.vocab)?;
         let logits = self.model.last_logits(&hidden)?;
-        let draw = parameters.draw(&logits, &mut history, std::iter::once(sampler))?;
+        let numbers = parameters.numbers(std::iter::once(sampler));
+        let draw = parameters.draw(&logits, numbers.as_ref(), &mut history, allowed.as_ref())?;
         issue(draw.arrays().chain(history.arrays()))?;
         self.flights.push(Flight {
             rows: vec![id],
@@ -259,13 +307,89 @@ impl Stepper {
 
     /// The next token of every row, from the draws of the step before. `samplers` has those of `rows`, in that order.
     pub(super) fn decode(&mut self, rows: &[DecodeRow<'_>], samplers: &mut [&mut Sampler]) -> Step {
+        let forward = self.forward(rows, samplers)?;
+        self.draw_from(forward, None)
+    }
+
+    /// As [`Self::decode`], up to what is drawn from: [`Self::draw`] goes on when the tokens before have been read.
+    pub(super) fn decode_undrawn(&mut self, rows: &[DecodeRow<'_>], samplers: &mut [&mut Sampler]) -> Step {
+        let forward = self.forward(rows, samplers)?;
+        issue(std::iter::once(&forward.logits))?;
+        self.undrawn.push(forward);
+        Ok(())
+    }
+
+    /// One of the two.
+    pub(super) fn decode_now_or_late(
+        &mut self,
+        late: bool,
+        rows: &[DecodeRow<'_>],
+        samplers: &mut [&mut Sampler],
+    ) -> Step {
+        if late {
+            self.decode_undrawn(rows, samplers)
+        } else {
+            self.decode(rows, samplers)
+        }
+    }
+
+    /// The rows that wait for their draws.
+    pub(super) fn undrawn(&self) -> Vec<SeqId> {
+        self.undrawn
+            .iter()
+            .flat_map(|forward| forward.rows.clone())
+            .collect()
+    }
+
+    /// Draws for the rows that wait for it. `allowed`: the [`Self::flags`] of those that may not draw everything. Gives those whose draws
+    /// could not be built, with the reason.
+    ///
+    /// # Errors
+    /// The device's.
+    pub(super) fn draw(&mut self, allowed: &HashMap<SeqId, Array>) -> Result<Vec<(Vec<SeqId>, Exception)>> {
+        let mut failed = Vec::new();
+        for forward in std::mem::take(&mut self.undrawn) {
+            let rows = forward.rows.clone();
+            let flags = self.all_flags(&rows, allowed);
+            let drawn = flags.map_err(Fault::Graph);
+            match drawn.and_then(|flags| self.draw_from(forward, flags.as_ref())) {
+                Ok(()) => {}
+                Err(Fault::Graph(error)) => failed.push((rows, error)),
+                Err(Fault::Device(error)) => return Err(error),
+            }
+        }
+        Ok(failed)
+    }
+
+    /// `[rows, vocab]`; `None`: all may draw everything.
+    fn all_flags(&self, rows: &[SeqId], allowed: &HashMap<SeqId, Array>) -> Result<Option<Array>> {
+        if !rows.iter().any(|id| allowed.contains_key(id)) {
+            return Ok(None);
+        }
+        let all = ops::broadcast_to(Array::from_bool(true), &[1, self.vocab])?;
+        let rows: Vec<&Array> = rows.iter().map(|id| allowed.get(id).unwrap_or(&all)).collect();
+        ops::concatenate(&rows, 0).map(Some)
+    }
+
+    /// One row's allowed tokens as the device wants them: `[1, vocab]`.
+    pub(super) fn flags(&self, allowed: &Allowed) -> Array {
+        let mut flags = vec![false; usize::try_from(self.vocab).unwrap_or_default()];
+        allowed.fill(&mut flags);
+        Array::from_slice(&flags, &[1, self.vocab])
+    }
+
+    fn forward(
+        &mut self,
+        rows: &[DecodeRow<'_>],
+        samplers: &mut [&mut Sampler],
+    ) -> std::result::Result<Forward, Fault> {
         #[cfg(test)]
         if let Some((_, _, decoded)) = self.issued.last_mut() {
             *decoded += rows.len();
         }
         let ids: Vec<SeqId> = rows.iter().map(|row| row.id).collect();
         self.settle_strangers(&ids)?;
-        let (tokens, mut history) = self.previous(&ids)?;
+        let (tokens, history) = self.previous(&ids)?;
         let places = rows
             .iter()
             .map(|row| {
@@ -284,23 +408,35 @@ impl Stepper {
         let logits = self.model.step(&tokens, &places, &self.kv)?;
         if self.parameters.as_ref().is_none_or(|(known, _)| *known != ids) {
             let shared: Vec<&Sampler> = samplers.iter().map(|sampler| &**sampler).collect();
-            self.parameters = Some((ids.clone(), Parameters::new(&shared, self.vocab)?));
+            self.parameters = Some((ids.clone(), Arc::new(Parameters::new(&shared, self.vocab)?)));
         }
-        let Some((_, parameters)) = &self.parameters else {
-            return Err(Exception::custom("rows without parameters").into());
-        };
-        let samplers = samplers.iter_mut().map(|sampler| &mut **sampler);
-        let draw = parameters.draw(&logits, &mut history, samplers)?;
         #[cfg(test)]
         if rows.iter().any(|row| Some(row.position) == self.faults.position) {
             return Err(Exception::custom("a row that no graph can be made of").into());
         }
-        issue(draw.arrays().chain(history.arrays()))?;
-        self.flights.push(Flight {
+        let Some((_, parameters)) = &self.parameters else {
+            return Err(Exception::custom("rows without parameters").into());
+        };
+        Ok(Forward {
             rows: ids,
-            draw,
+            logits,
             history,
-        });
+            numbers: parameters.numbers(samplers.iter_mut().map(|sampler| &mut **sampler)),
+            parameters: Arc::clone(parameters),
+        })
+    }
+
+    fn draw_from(&mut self, forward: Forward, allowed: Option<&Array>) -> Step {
+        let Forward {
+            rows,
+            logits,
+            mut history,
+            numbers,
+            parameters,
+        } = forward;
+        let draw = parameters.draw(&logits, numbers.as_ref(), &mut history, allowed)?;
+        issue(draw.arrays().chain(history.arrays()))?;
+        self.flights.push(Flight { rows, draw, history });
         Ok(())
     }
 
@@ -393,7 +529,11 @@ impl Stepper {
     pub(super) fn abandon(&mut self) {
         let chunks = self.chunks_before.iter().chain(&self.chunks).flatten();
         let flights = self.landed.iter().chain(&self.flights);
-        for array in chunks.chain(flights.flat_map(|flight| flight.draw.arrays())) {
+        let undrawn = self.undrawn.iter().map(|forward| &forward.logits);
+        for array in chunks
+            .chain(flights.flat_map(|flight| flight.draw.arrays()))
+            .chain(undrawn)
+        {
             if let Err(error) = array.eval() {
                 tracing::debug!(error = error.what(), "of a step given up");
             }
@@ -405,6 +545,7 @@ impl Stepper {
     pub(super) fn clear(&mut self) {
         self.flights.clear();
         self.landed.clear();
+        self.undrawn.clear();
         self.chunks.clear();
         self.chunks_before.clear();
         self.parameters = None;
@@ -452,73 +593,6 @@ fn is_stranger(rows: &[SeqId], next: &[SeqId]) -> bool {
     !rows.iter().any(|row| next.contains(row))
 }
 
-/// Where `length` positions from `start` on lie in a block table, in order.
-pub(super) fn runs(table: &[BlockId], block_size: usize, start: usize, length: usize) -> Vec<SlotRun> {
-    let mut runs = Vec::new();
-    let mut at = start;
-    while at < start + length {
-        let offset = at % block_size;
-        let len = (block_size - offset).min(start + length - at);
-        if let Some(&block) = table.get(at / block_size) {
-            runs.push(SlotRun { block, offset, len });
-        }
-        at += len;
-    }
-    runs
-}
-
-/// The slab positions of the first `length` tokens of a sequence with that block table.
-fn spans(table: &[BlockId], block_size: usize, length: usize) -> Result<Vec<Span>> {
-    let mut spans = Vec::new();
-    let mut left = length;
-    for &block in table {
-        if left == 0 {
-            break;
-        }
-        let here = left.min(block_size);
-        let start = int(flat(block, block_size)?)?;
-        join(
-            &mut spans,
-            Span {
-                start,
-                length: int(here)?,
-            },
-        );
-        left -= here;
-    }
-    if left > 0 {
-        return Err(Exception::custom(format!(
-            "a block table of {} blocks for {length} tokens",
-            table.len()
-        )));
-    }
-    Ok(spans)
-}
-
-/// A block table as kernels read it.
-fn blocks(table: &[BlockId]) -> Result<Vec<i32>> {
-    let number =
-        |block: &BlockId| i32::try_from(block.0).map_err(|_| Exception::custom("a block out of range"));
-    table.iter().map(number).collect()
-}
-
-/// Appends a span, to the last one when it follows that immediately.
-fn join(spans: &mut Vec<Span>, next: Span) {
-    match spans.last_mut() {
-        Some(last) if last.start + last.length == next.start => last.length += next.length,
-        _ => spans.push(next),
-    }
-}
-
-fn flat(block: BlockId, block_size: usize) -> Result<usize> {
-    let block = usize::try_from(block.0).map_err(|_| Exception::custom("a block out of range"))?;
-    Ok(block * block_size)
-}
-
-fn int(number: usize) -> Result<i32> {
-    i32::try_from(number).map_err(|_| Exception::custom(format!("{number} is too large for MLX")))
-}
-
 fn read_logprobs(drawn: &DrawnLogprobs) -> Result<TokenLogprobs> {
     let logprob = drawn
         .own
@@ -529,7 +603,9 @@ fn read_logprobs(drawn: &DrawnLogprobs) -> Result<TokenLogprobs> {
         Some((ids, values)) => {
             let ids = ids.to_vec_cast::<u32>().map_err(|error| conversion(&error))?;
             let values = values.to_vec_cast::<f32>().map_err(|error| conversion(&error))?;
-            ids.into_iter().zip(values).collect()
+            // What a constraint forbids has none.
+            let known = |(_, value): &(u32, f32)| *value > f32::NEG_INFINITY;
+            ids.into_iter().zip(values).filter(known).collect()
         }
     };
     Ok(TokenLogprobs { logprob, top })
@@ -548,15 +624,5 @@ mod tests {
         let ids = |ids: &[u64]| ids.iter().copied().map(SeqId).collect::<Vec<_>>();
         assert!(is_stranger(&ids(&[1]), &ids(&[2, 3])));
         assert!(!is_stranger(&ids(&[1, 2]), &ids(&[2, 3])));
-    }
-
-    #[test]
-    fn consecutive_blocks_are_one_span() {
-        let table = [3, 4, 5, 9, 2].map(BlockId);
-        let found = spans(&table, 16, 70).unwrap();
-        let span = |start, length| Span { start, length };
-        assert_eq!(found, [span(48, 48), span(144, 16), span(32, 6)]);
-        assert_eq!(spans(&table, 16, 5).unwrap(), [span(48, 5)]);
-        assert!(spans(&table, 16, 81).is_err());
     }
 }

@@ -97,6 +97,7 @@ pub(super) fn from_submit_of(error: &SubmitError, total: usize, capacity: usize)
 pub(super) fn from_engine(error: &EngineError) -> ApiError {
     match error {
         EngineError::Step(_) => ApiError::internal(error.to_string()).with_code("generation_failed"),
+        EngineError::Constraint(_) => ApiError::internal(error.to_string()).with_code("constraint_failed"),
         EngineError::WaitedTooLong(_) => ApiError::unavailable("queue_timeout", error.to_string(), Some(5)),
         EngineError::Stopped => ApiError::unavailable("draining", error.to_string(), Some(1)),
         EngineError::Dead(reason) => engine_dead(reason),

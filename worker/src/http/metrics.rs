@@ -211,6 +211,18 @@ impl Metrics {
                 engine.preempted,
             ),
             (
+                "constraint_masks_total",
+                "counter",
+                "Sets of allowed tokens computed, one a token and constrained request.",
+                engine.constraints.masks,
+            ),
+            (
+                "engine_late_draws_total",
+                "counter",
+                "Decode steps that drew only after the tokens before them had been read, for a constraint.",
+                engine.constraints.late_draws,
+            ),
+            (
                 "requests_in_flight",
                 "gauge",
                 "Requests not answered to the end.",
@@ -286,6 +298,13 @@ impl Metrics {
             page.head(name, kind, help);
             page.value(name, "", value);
         }
+        page.head(
+            "constraint_mask_seconds_total",
+            "counter",
+            "Time of the engine's thread that sets of allowed tokens took.",
+        );
+        let micros = u64::try_from(engine.constraints.mask_time.as_micros()).unwrap_or(u64::MAX);
+        page.value("constraint_mask_seconds_total", "", Seconds(micros));
         if let Some(drift) = process.drift() {
             page.head("plan_drift_bytes", "gauge", "What is held against the plan (footprint, or MLX' bytes on a GPU with memory of its own) less it.");
             page.value("plan_drift_bytes", "", drift);
@@ -344,7 +363,7 @@ impl Page {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::CacheStats;
+    use crate::backend::{CacheStats, ConstraintStats};
 
     #[test]
     fn buckets_are_cumulative() {
@@ -367,6 +386,11 @@ mod tests {
                     copied_blocks: 12,
                     moved_blocks: 13,
                     deduplicated_blocks: 14,
+                },
+                constraints: ConstraintStats {
+                    masks: 15,
+                    mask_time: Duration::from_micros(1_600),
+                    late_draws: 17,
                 },
                 ..EngineStats::default()
             },
@@ -398,6 +422,9 @@ mod tests {
             "mlxworker_kv_copied_blocks_total 12",
             "mlxworker_kv_moved_blocks_total 13",
             "mlxworker_kv_deduplicated_blocks_total 14",
+            "mlxworker_constraint_masks_total 15",
+            "mlxworker_constraint_mask_seconds_total 0.0016",
+            "mlxworker_engine_late_draws_total 17",
             "mlxworker_requests_in_flight 2",
             "mlxworker_process_footprint_bytes 40",
             "mlxworker_looks_over_plan_total 3",

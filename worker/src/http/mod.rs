@@ -7,6 +7,7 @@
 //! | `body`        | reading a request's body                                                          |
 //! | `canonical`   | changing lines at the head of the system prompt, taken off                        |
 //! | `prompt`      | a checked request to token ids and sampling                                       |
+//! | `constrain`   | the form that a request asks for, compiled                                        |
 //! | `choice`      | one reply: tokens to text, stop strings, reasoning, tool calls                    |
 //! | `run`         | all replies of one request: the next event, silence, time limits, accounting      |
 //! | `inlet`       | what the engine sends for one request, and the ways to end that from outside        |
@@ -30,6 +31,7 @@ mod canonical;
 mod chat;
 mod choice;
 mod completions;
+mod constrain;
 mod errors;
 mod footprint;
 mod info;

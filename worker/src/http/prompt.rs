@@ -8,9 +8,12 @@ use axum::extract::Request;
 use chat_format::{Reasoning, ReasoningFormat, RenderInputs, TemplateError, ToolFormat, ToolSet};
 use serde_json::Value;
 
+use constraint::{Constraint, Opening};
+
+use super::constrain::{self, Before};
 use super::service::{ChatFormat, Service};
 use super::{body, canonical, errors, random_id};
-use crate::backend::{GenerateRequest, Generation, SamplingParams};
+use crate::backend::{Constrained, GenerateRequest, Generation, SamplingParams};
 
 /// Bodies longer than this are parsed, rendered and tokenised off the threads that serve everybody.
 const LONG_BODY: usize = 16 << 10;
@@ -29,6 +32,8 @@ pub(super) struct ChatPrompt {
     /// End after the first call.
     pub(super) single_call: bool,
     pub(super) clamped: Option<Clamped>,
+    /// What may come before the form that was asked for.
+    opening: Opening,
 }
 
 /// Prompts of a completion, ready to be generated.
@@ -48,23 +53,63 @@ pub(super) struct Clamped {
     pub(super) allowed: usize,
 }
 
-/// Reads a request's body and turns it into a prompt by `make`; a long one is worked on outside the async threads.
+/// A prompt whose reply may have to be of a form.
+pub(super) trait Formed {
+    fn options(&self) -> &GenerationOptions;
+    /// Every reply is to be of this form.
+    fn constrain(&mut self, form: Constraint);
+}
+
+impl Formed for ChatPrompt {
+    fn options(&self) -> &GenerationOptions {
+        &self.options
+    }
+
+    fn constrain(&mut self, form: Constraint) {
+        let opening = std::mem::take(&mut self.opening);
+        self.generate.constraint = Some(Constrained { form, opening });
+    }
+}
+
+impl Formed for CompletionPrompt {
+    fn options(&self) -> &GenerationOptions {
+        &self.options
+    }
+
+    fn constrain(&mut self, form: Constraint) {
+        for generate in &mut self.generate {
+            generate.constraint = Some(Constrained {
+                form: form.clone(),
+                opening: Opening::default(),
+            });
+        }
+    }
+}
+
+/// Reads a request's body and turns it into a prompt by `make`; a long one is worked on outside the async threads, and so is
+/// the form that it asks for.
 ///
 /// # Errors
-/// As `body::read` and `make`.
-pub(super) async fn prepare<T: Send + 'static>(
+/// As `body::read`, `make` and [`constrain::compile`].
+pub(super) async fn prepare<T: Formed + Send + 'static>(
     service: &Arc<Service>,
     request: Request,
     make: fn(&Service, &[u8]) -> Result<T, ApiError>,
 ) -> Result<T, ApiError> {
     let body = body::read(request, service.config.max_body).await?;
-    if body.len() <= LONG_BODY {
-        return make(service, &body);
+    let mut prompt = if body.len() <= LONG_BODY {
+        make(service, &body)?
+    } else {
+        let service = Arc::clone(service);
+        tokio::task::spawn_blocking(move || make(&service, &body))
+            .await
+            .map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))??
+    };
+    if let Some(asked) = &prompt.options().form {
+        let form = constrain::compile(service, asked).await?;
+        prompt.constrain(form);
     }
-    let service = Arc::clone(service);
-    tokio::task::spawn_blocking(move || make(&service, &body))
-        .await
-        .map_err(|e| ApiError::internal(format!("reading the request failed: {e}")))?
+    Ok(prompt)
 }
 
 /// `/v1/chat/completions`.
@@ -133,6 +178,23 @@ pub(super) fn chat(service: &Service, body: &[u8]) -> Result<ChatPrompt, ApiErro
             chat.tool_format
         }
     };
+    let opening = match &request.options.form {
+        None => Opening::default(),
+        Some(asked) if !forced.is_empty() => {
+            return Err(ApiError::invalid(
+                "tool_choice",
+                format!("forces a call, which leaves no text for {} to shape", asked.field),
+            ));
+        }
+        Some(asked) => {
+            let before = Before {
+                reasoning,
+                closed: text.trim_end().ends_with("</think>"),
+                tools: tool_format != ToolFormat::None,
+            };
+            constrain::opening(service, &asked.field, before)?
+        }
+    };
     let ids = service
         .tokenizer
         .encode(&text, false)
@@ -147,6 +209,7 @@ pub(super) fn chat(service: &Service, body: &[u8]) -> Result<ChatPrompt, ApiErro
         options: request.options,
         generate,
         clamped,
+        opening,
     })
 }
 
@@ -310,6 +373,7 @@ fn generate(
         sampling: sampling(&options.sampling, &config.sampling),
         stop_tokens,
         logprobs,
+        constraint: None,
     };
     Ok((request, clamped))
 }

@@ -9,6 +9,7 @@ use chat_format::{ChatTemplate, ReasoningFormat, ToolFormat};
 use serde_json::{Map, Value};
 use tokio::sync::watch;
 
+use super::constrain::Compiler;
 use super::errors;
 use super::footprint::{Footprint, FootprintReading, LoadReport};
 use super::metrics::Metrics;
@@ -58,6 +59,8 @@ pub struct HttpConfig {
     pub silence_limit: Duration,
     /// Longest wait for a place.
     pub queue_limit: Duration,
+    /// Longest compilation of a form that a request asks for, and longest wait for a compiler.
+    pub compile_limit: Duration,
     /// Time without a step, with requests running, after which the worker no longer calls itself healthy; `None`: never.
     pub stall_limit: Option<Duration>,
     /// Largest body, in bytes.
@@ -83,6 +86,7 @@ impl Default for HttpConfig {
             keep_alive: Duration::from_secs(5),
             silence_limit: Duration::from_secs(300),
             queue_limit: Duration::from_secs(300),
+            compile_limit: Duration::from_secs(10),
             stall_limit: Some(Duration::from_secs(60)),
             max_body: 64 << 20,
             metrics: true,
@@ -111,6 +115,7 @@ pub struct Service {
     pub(super) backend: Arc<dyn Backend>,
     pub(super) metrics: Metrics,
     pub(super) requests: Requests,
+    pub(super) compiler: Compiler,
     footprint: Footprint,
     /// Seconds since 1970 at the start; the model's `created`.
     pub(super) created: u64,
@@ -141,6 +146,7 @@ impl Service {
             backend,
             metrics: Metrics::default(),
             requests: Requests::default(),
+            compiler: Compiler::default(),
             footprint,
             created: unix_seconds(),
             started: Instant::now(),

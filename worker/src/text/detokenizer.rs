@@ -72,6 +72,11 @@ impl ByteTable {
         self.bytes.get(range)
     }
 
+    /// Text does not show it.
+    pub(super) fn is_special(&self, id: u32) -> bool {
+        self.special.get(id as usize).copied().unwrap_or(true)
+    }
+
     /// A token's bytes as text shows them: none for special tokens and ids that are not in the vocabulary.
     fn visible(&self, id: u32) -> &[u8] {
         match self.special.get(id as usize) {

@@ -4,11 +4,13 @@
 //! |---------------|----------------------------------------------------------------------------|
 //! | `tokenizer`   | tokenizer.json, loaded once and shared                                     |
 //! | `detokenizer` | ids to text as they come, never half a character                           |
+//! | `vocabulary`  | all tokens' bytes, for constrained decoding                                |
 //! | `config`      | generation_config.json and its relatives: end-of-sequence ids, sampling    |
 
 mod config;
 mod detokenizer;
 mod tokenizer;
+mod vocabulary;
 
 pub use config::{GenerationDefaults, LoadError};
 pub use detokenizer::Detokenizer;

@@ -13,7 +13,7 @@ use super::detokenizer::{ByteTable, Detokenizer};
 /// A model's tokenizer. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct TextTokenizer {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
 }
 
 #[derive(Debug)]

@@ -56,9 +56,9 @@ async fn fields_out_of_range() {
             "21",
         ),
         (
-            json!({"response_format": {"type": "json_object"}}),
-            "response_format.type",
-            "not supported yet",
+            json!({"response_format": {"type": "yaml"}}),
+            "response_format",
+            "yaml",
         ),
         (json!({"logit_bias": {"2048": 1}}), "logit_bias", "2048"),
         (json!({"stop_token_ids": [9999]}), "stop_token_ids", "9999"),

@@ -9,6 +9,7 @@
 mod cancel;
 mod chat;
 mod completions;
+mod constrained;
 mod errors;
 mod info;
 mod real;

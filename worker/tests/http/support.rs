@@ -85,9 +85,33 @@ pub(crate) async fn start_with(
     start_on(ScriptedBackend::new(CONTEXT, VOCABULARY, planner), configure).await
 }
 
+/// With another way of writing chats than the demonstration model's.
+pub(crate) async fn start_chat(
+    chat: Option<ChatFormat>,
+    planner: impl Fn(&GenerateRequest) -> Plan + Send + Sync + 'static,
+) -> Server {
+    start_all(ScriptedBackend::new(CONTEXT, VOCABULARY, planner), |_| {}, chat).await
+}
+
 pub(crate) async fn start_on<B: Backend>(backend: B, configure: impl FnOnce(&mut HttpConfig)) -> Server<B> {
-    let backend = Arc::new(backend);
     let template = ChatTemplate::from_dir(&model_folder()).unwrap();
+    let chat = ChatFormat {
+        tool_format: template.tool_format(),
+        template,
+        unknown_tools: None,
+        reasoning: ReasoningFormat::Auto,
+        auto_tools: true,
+        template_kwargs: serde_json::Map::new(),
+    };
+    start_all(backend, configure, Some(chat)).await
+}
+
+async fn start_all<B: Backend>(
+    backend: B,
+    configure: impl FnOnce(&mut HttpConfig),
+    chat: Option<ChatFormat>,
+) -> Server<B> {
+    let backend = Arc::new(backend);
     let mut config = HttpConfig {
         served_model: MODEL.to_owned(),
         default_max_tokens: 100,
@@ -99,14 +123,7 @@ pub(crate) async fn start_on<B: Backend>(backend: B, configure: impl FnOnce(&mut
     let service = Service::new(ServiceParts {
         config,
         tokenizer: tokenizer(),
-        chat: Some(ChatFormat {
-            tool_format: template.tool_format(),
-            template,
-            unknown_tools: None,
-            reasoning: ReasoningFormat::Auto,
-            auto_tools: true,
-            template_kwargs: serde_json::Map::new(),
-        }),
+        chat,
         backend: Arc::clone(&backend) as Arc<dyn Backend>,
     });
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

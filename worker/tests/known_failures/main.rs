@@ -70,6 +70,7 @@ fn greedy(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
         sampling: SamplingParams::greedy(),
         stop_tokens: Vec::new(),
         logprobs: None,
+        constraint: None,
     }
 }
 

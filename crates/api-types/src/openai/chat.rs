@@ -3,7 +3,7 @@
 use serde_json::{Map, Value};
 
 use super::messages;
-use super::options::{GenerationOptions, response_format};
+use super::options::GenerationOptions;
 use crate::error::ApiError;
 use crate::fields::{Fields, mismatch};
 
@@ -55,7 +55,6 @@ impl ChatRequest {
         let mut fields = Fields::parse(body)?;
         let model = fields.string("model")?.map(str::to_owned);
         let options = GenerationOptions::read(&mut fields)?;
-        response_format(fields.get("response_format"))?;
         for (legacy, now) in [("functions", "tools"), ("function_call", "tool_choice")] {
             if fields.get(legacy).is_some() {
                 return Err(ApiError::invalid(legacy, format!("is not supported; use {now}")));
@@ -329,16 +328,6 @@ mod tests {
             ),
             (json!({"top_logprobs": 3}), "top_logprobs", "3"),
             (json!({"logprobs": 3}), "logprobs", "3"),
-            (
-                json!({"response_format": {"type": "json_object"}}),
-                "response_format.type",
-                "json_object",
-            ),
-            (
-                json!({"response_format": {"type": "json_schema"}}),
-                "response_format.type",
-                "not supported yet",
-            ),
             (json!({"response_format": "text"}), "response_format", "\"text\""),
             (json!({"model": 5}), "model", "5"),
             (json!({"messages": []}), "messages", "empty"),

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::options::{GenerationOptions, response_format, token_ids};
+use super::options::{GenerationOptions, token_ids};
 use crate::error::{ApiError, shown};
 use crate::fields::{Fields, mismatch};
 
@@ -42,7 +42,6 @@ impl CompletionRequest {
         let mut fields = Fields::parse(body)?;
         let model = fields.string("model")?.map(str::to_owned);
         let options = GenerationOptions::read(&mut fields)?;
-        response_format(fields.get("response_format"))?;
         if let Some(suffix) = fields.string("suffix")?.filter(|s| !s.is_empty()) {
             return Err(ApiError::invalid(
                 "suffix",

@@ -2,6 +2,7 @@
 
 mod chat;
 mod completion;
+mod constraint;
 mod messages;
 mod options;
 mod reply;
@@ -10,6 +11,7 @@ mod unsupported;
 
 pub use chat::{ChatRequest, ToolChoice};
 pub use completion::{CompletionRequest, Prompt};
+pub use constraint::{AskedForm, Form};
 pub use options::{GenerationOptions, Sampling};
 pub use reply::{
     ChatChoice, ChatCompletion, ChatLogprobs, ChatMessage, Completion, CompletionChoice, CompletionLogprobs,

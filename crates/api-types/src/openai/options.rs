@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
+use super::constraint::{self, AskedForm};
 use super::unsupported;
 use crate::error::{ApiError, shown};
 use crate::fields::{Fields, mismatch, whole};
@@ -60,6 +61,8 @@ pub struct GenerationOptions {
     pub stream: bool,
     /// `stream_options.include_usage`: a last chunk with the usage.
     pub include_usage: bool,
+    /// What every reply has to look like.
+    pub form: Option<AskedForm>,
 }
 
 #[allow(clippy::cast_possible_truncation)] // the model computes in single precision at most
@@ -131,26 +134,9 @@ impl GenerationOptions {
             n,
             stream: f.bool("stream")?.unwrap_or(false),
             include_usage: include_usage(f.get("stream_options"))?,
+            form: constraint::read(f)?,
         };
         Ok(options)
-    }
-}
-
-/// Refuses what asks for something else than text.
-pub(crate) fn response_format(value: Option<&Value>) -> Result<(), ApiError> {
-    let Some(value) = value else { return Ok(()) };
-    match value.get("type").and_then(Value::as_str) {
-        Some("text") => Ok(()),
-        Some(kind @ ("json_object" | "json_schema")) => Err(ApiError::invalid(
-            "response_format.type",
-            format!("{kind:?} is not supported yet; only \"text\" is"),
-        )
-        .with_code("unsupported_value")),
-        _ => Err(mismatch(
-            "response_format",
-            "an object with a \"type\" of \"text\"",
-            value,
-        )),
     }
 }
 

@@ -3,8 +3,10 @@
 use std::path::Path;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
+use constraint::{Form, Grammars, Opening, Token};
+
 use super::*;
-use crate::backend::{FinishReason, SamplingParams};
+use crate::backend::{Constrained, FinishReason, SamplingParams};
 use crate::engine::stepper::Faults;
 
 /// An engine on a thread of its own, with failures to come.
@@ -29,6 +31,7 @@ fn request(prompt: Vec<u32>, max_tokens: usize) -> GenerateRequest {
         sampling: SamplingParams::greedy(),
         stop_tokens: Vec::new(),
         logprobs: None,
+        constraint: None,
     }
 }
 
@@ -70,6 +73,18 @@ impl Running {
 
     fn ask(&self, prompt: Vec<u32>, max_tokens: usize) -> mpsc::Receiver<GenerationEvent> {
         self.send(request(prompt, max_tokens))
+    }
+
+    /// A reply of digits and nothing else.
+    fn ask_digits(&self, prompt: Vec<u32>, max_tokens: usize) -> mpsc::Receiver<GenerationEvent> {
+        let bytes: Vec<u8> = (0..128).collect();
+        let grammars = Grammars::new(bytes.chunks(1).map(Token::Text)).unwrap();
+        let form = grammars.compile(&Form::Regex("[0-9]+".to_owned())).unwrap();
+        let opening = Opening::default();
+        self.send(GenerateRequest {
+            constraint: Some(Constrained { form, opening }),
+            ..request(prompt, max_tokens)
+        })
     }
 
     fn send(&self, request: GenerateRequest) -> mpsc::Receiver<GenerationEvent> {
@@ -352,5 +367,65 @@ fn a_step_that_is_read_for_nobody_is_work() {
     while stats().busy {
         std::thread::yield_now();
     }
+    engine.end();
+}
+
+/// The device fails while a step waits for its draws: these are given up with it.
+#[test]
+fn a_step_that_was_never_drawn_is_given_up_with_the_rest() {
+    let solo = Running::new(Faults::default(), 2);
+    let expected = end(solo.ask_digits(prompt(30, 1), 40)).1;
+    let End::Done(digits) = &expected else {
+        panic!("{expected:?}");
+    };
+    let digit = u32::from(b'0')..=u32::from(b'9');
+    assert!(digits.len() == 40 && digits.iter().all(|id| digit.contains(id)));
+    solo.end();
+
+    let faults = Faults {
+        rows: Some(2),
+        ..Faults::default()
+    };
+    let engine = Running::new(faults, 2);
+    let running = [
+        engine.ask_digits(prompt(30, 1), 40),
+        engine.ask(prompt(30, 2), 40),
+    ];
+    let waiting = engine.ask_digits(prompt(30, 1), 40);
+    for events in running {
+        let (_, failed) = end(events);
+        assert!(
+            matches!(&failed, End::Failed(reason) if reason.contains("the device failed")),
+            "{failed:?}"
+        );
+    }
+    assert_eq!(end(waiting), (0, expected));
+    engine.end();
+}
+
+/// The same where the draws wait for the tokens before them.
+#[test]
+fn rows_that_draw_late_fail_alone_too() {
+    let solo = Running::new(Faults::default(), 1);
+    let free = end(solo.ask(prompt(40, 1), 20)).1;
+    let digits = end(solo.ask_digits(prompt(20, 4), 35)).1;
+    solo.end();
+
+    let faults = Faults {
+        position: Some(60),
+        ..Faults::default()
+    };
+    let engine = Running::new(faults, 4);
+    let good = [
+        engine.ask(prompt(40, 1), 20),
+        engine.ask_digits(prompt(20, 4), 35),
+    ];
+    let (_, failed) = end(engine.ask(prompt(50, 2), 30));
+    assert!(
+        matches!(&failed, End::Failed(reason) if reason.contains("no graph can be made of")),
+        "{failed:?}"
+    );
+    assert_eq!(good.map(|events| end(events).1), [free, digits]);
+    assert!(engine.counters.read().constraints.late_draws > 10);
     engine.end();
 }

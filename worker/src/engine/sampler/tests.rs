@@ -45,8 +45,9 @@ fn together(rows: Vec<(SamplingParams, &[u32])>, count: usize) -> Vec<Vec<u32>> 
     let mut history = History::join(&histories, 6).unwrap();
     let mut drawn = vec![Vec::new(); samplers.len()];
     for _ in 0..count {
+        let numbers = parameters.numbers(samplers.iter_mut());
         let draw = parameters
-            .draw(&logits, &mut history, samplers.iter_mut())
+            .draw(&logits, numbers.as_ref(), &mut history, None)
             .unwrap();
         for (row, token) in drawn.iter_mut().zip(draw.tokens.to_vec_cast::<u32>().unwrap()) {
             row.push(token);
@@ -184,10 +185,10 @@ fn bias_forces_and_forbids() {
 fn logprobs_are_those_of_the_distribution() {
     let logits = Array::from_slice(&LOGITS, &[1, 6]);
     let total: f32 = LOGITS.iter().map(|logit| logit.exp()).sum::<f32>().ln();
-    let mut sampler = Sampler::new(SamplingParams::greedy(), &[], Some(2));
+    let sampler = Sampler::new(SamplingParams::greedy(), &[], Some(2));
     let parameters = Parameters::new(&[&sampler], 6).unwrap();
     let mut draw = parameters
-        .draw(&logits, &mut History::default(), std::iter::once(&mut sampler))
+        .draw(&logits, None, &mut History::default(), None)
         .unwrap();
     let DrawnLogprobs { own, top } = draw.logprobs.remove(0).unwrap();
     assert!((own.item_cast::<f32>() - (3.0 - total)).abs() < 1e-5);
@@ -204,4 +205,40 @@ fn the_coldest_draws_are_greedy() {
         ..SamplingParams::greedy()
     };
     assert_eq!(draws(cold, &[], 3), [1, 1, 1]);
+}
+
+/// What is forbidden is never drawn, however likely it is made; a row that may draw everything draws what it does without flags.
+#[test]
+fn a_row_draws_only_what_it_may() {
+    let hot = |seed| SamplingParams {
+        temperature: 2.0,
+        logit_bias: vec![(1, 100.0)],
+        seed: Some(seed),
+        ..SamplingParams::greedy()
+    };
+    let free = draws(hot(4), &[], 50);
+    let [t, f] = [true, false];
+    let flags = [f, f, t, t, f, f, t, t, t, t, t, t, f, f, t, f, f, t];
+    let flags = Array::from_slice(&flags, &[3, 6]);
+    let logits = Array::from_slice(&LOGITS.repeat(3), &[3, 6]);
+    let greedy = SamplingParams {
+        logit_bias: vec![(5, -1.0)],
+        ..SamplingParams::greedy()
+    };
+    let mut samplers = [hot(3), hot(4), greedy].map(|params| Sampler::new(params, &[], Some(6)));
+    let parameters = Parameters::new(&samplers.iter().collect::<Vec<_>>(), 6).unwrap();
+    let mut seen = std::collections::BTreeSet::new();
+    for number in free {
+        let numbers = parameters.numbers(samplers.iter_mut());
+        let draw = parameters
+            .draw(&logits, numbers.as_ref(), &mut History::default(), Some(&flags))
+            .unwrap();
+        let tokens = draw.tokens.to_vec_cast::<u32>().unwrap();
+        seen.insert(tokens[0]);
+        assert_eq!(&tokens[1..], [number, 2]);
+        let own = draw.logprobs[2].as_ref().unwrap().own.item_cast::<f32>();
+        // 2.0 beside 1.9.
+        assert!((own + (1.0 + (-0.1_f32).exp()).ln()).abs() < 1e-5, "{own}");
+    }
+    assert_eq!(Vec::from_iter(seen), [2, 3]);
 }

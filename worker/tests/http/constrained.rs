@@ -1,0 +1,265 @@
+//! Forms of replies: what is refused, and what the engine is asked for.
+
+use std::time::Duration;
+
+use chat_format::ReasoningFormat;
+use constraint::Walk;
+use mlxworker::backend::{Backend, GenerateRequest};
+use mlxworker::http::ChatFormat;
+use serde_json::{Map, Value, json};
+
+use super::support::*;
+
+const THINK: u32 = 2046;
+const CLOSE: u32 = 2047;
+const CALL: u32 = 2042;
+const EOS: u32 = 2041;
+
+fn tools() -> Value {
+    json!([{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}])
+}
+
+#[tokio::test]
+async fn what_cannot_be_asked_is_refused_before_anything_is_queued() {
+    let server = start(|_| panic!("no request gets here")).await;
+    let schema = |schema: Value| json!({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}});
+    let object = json!({"type": "json_object"});
+    for (extra, param, part) in [
+        (
+            json!({"response_format": {"type": "xml"}}),
+            "response_format",
+            "xml",
+        ),
+        (
+            schema(json!("text")),
+            "response_format.json_schema.schema",
+            "text",
+        ),
+        (
+            schema(json!({"type": "object", "properties": {"a": {"type": "strin"}}})),
+            "response_format.json_schema.schema",
+            "cannot be compiled: Invalid type: strin",
+        ),
+        (
+            schema(json!({"type": "integer", "minimum": 4, "maximum": 3})),
+            "response_format.json_schema.schema",
+            "nsatisfiable",
+        ),
+        (
+            json!({"guided_json": {"$ref": "https://example.org/x"}}),
+            "guided_json",
+            "example.org",
+        ),
+        (json!({"guided_regex": "a(b"}), "guided_regex", "unclosed group"),
+        (json!({"guided_choice": []}), "guided_choice", "[]"),
+        (
+            json!({"guided_grammar": "start: nothing"}),
+            "guided_grammar",
+            "nothing",
+        ),
+        (
+            json!({"structured_outputs": {"json": {}, "choice": ["a"]}}),
+            "structured_outputs",
+            "choice",
+        ),
+        (
+            json!({"structured_outputs": {"regex": "["}}),
+            "structured_outputs.regex",
+            "unclosed",
+        ),
+        (
+            json!({"guided_json": {}, "guided_regex": "a"}),
+            "guided_regex",
+            "guided_json",
+        ),
+        (
+            json!({"response_format": object, "tools": tools(), "tool_choice": "required"}),
+            "tool_choice",
+            "response_format",
+        ),
+        (
+            json!({"guided_regex": "a", "tools": tools(),
+                   "tool_choice": {"type": "function", "function": {"name": "now"}}}),
+            "tool_choice",
+            "guided_regex",
+        ),
+    ] {
+        let reply = server.chat(extra.clone()).await;
+        let error = reply.json()["error"].clone();
+        assert_eq!(
+            (reply.status, error["param"].as_str()),
+            (400, Some(param)),
+            "{extra}: {error}"
+        );
+        assert!(
+            error["message"].as_str().unwrap().contains(part),
+            "{extra}: {error}"
+        );
+        if param == "tool_choice" {
+            continue;
+        }
+        let mut body = extra;
+        body["prompt"] = "a".into();
+        let reply = server.post("/v1/completions", &body).await;
+        assert_eq!(
+            (reply.status, reply.json()["error"]["param"].as_str()),
+            (400, Some(param)),
+            "{body}"
+        );
+    }
+}
+
+fn walk(request: &GenerateRequest) -> Walk {
+    let asked = request.constraint.clone().expect("a constraint");
+    asked.form.walk(asked.opening, &request.stop_tokens)
+}
+
+/// What may come next, as text; markup by its id.
+fn next(walk: &mut Walk) -> Vec<String> {
+    let allowed = walk.allowed().unwrap().expect("constrained");
+    let ids = (0..VOCABULARY as u32).filter(|id| allowed.has(*id));
+    let text = |id: u32| match id {
+        2039.. => id.to_string(),
+        id => String::from_utf8(tokenizer().token_bytes(id)).unwrap(),
+    };
+    let mut all: Vec<String> = ids.map(text).collect();
+    all.sort();
+    all
+}
+
+#[tokio::test]
+async fn what_may_come_first_depends_on_the_chat() {
+    let server = start(|_| stop(say("no"))).await;
+    let choice = json!({"guided_choice": ["yes", "no"]});
+    let mut cases = Vec::new();
+    for (extra, more) in [
+        (json!({}), vec![THINK]),
+        (json!({"enable_thinking": false}), vec![]),
+        (json!({"enable_thinking": false, "tools": tools()}), vec![CALL]),
+        (json!({"tools": tools()}), vec![CALL, THINK]),
+        (json!({"tools": tools(), "tool_choice": "none"}), vec![THINK]),
+        (json!({"n": 2, "stream": false}), vec![THINK]),
+        // Worked on elsewhere, since it is long.
+        (json!({"metadata": "x".repeat(20_000)}), vec![THINK]),
+    ] {
+        let mut body = choice.clone();
+        for (key, value) in extra.as_object().unwrap() {
+            body[key] = value.clone();
+        }
+        let reply = server.chat(body.clone()).await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        cases.extend(std::iter::repeat_n(
+            more,
+            usize::try_from(body["n"].as_u64().unwrap_or(1)).unwrap(),
+        ));
+    }
+    let completion = json!({"prompt": ["a", "b"], "structured_outputs": choice["guided_choice"].as_array()
+        .map(|choices| json!({"choice": choices}))});
+    assert_eq!(server.post("/v1/completions", &completion).await.status, 200);
+    cases.extend([vec![], vec![]]);
+    let requests = server.backend.requests();
+    assert_eq!(requests.len(), cases.len());
+    for (request, more) in requests.iter().zip(cases) {
+        let mut walk = walk(request);
+        let mut expected: Vec<String> = more.iter().map(u32::to_string).collect();
+        expected.extend(["n", "no", "y", "ye", "yes"].map(str::to_owned));
+        let found = next(&mut walk);
+        // Which longer tokens there are is the tokenizer's business.
+        assert!(found.iter().all(|text| expected.contains(text)), "{found:?}");
+        for text in more.iter().map(u32::to_string).chain(["n".into(), "y".into()]) {
+            assert!(found.contains(&text), "{text} is not in {found:?}");
+        }
+        for byte in ["n", "o"] {
+            let id = tokenizer().encode(byte, false).unwrap()[0];
+            let over = walk.take(id).unwrap();
+            assert_eq!(over, byte == "o");
+        }
+        assert_eq!(next(&mut walk), ["2039", "2041"], "both of the model's ends");
+    }
+}
+
+/// A template that opens the reasoning itself.
+#[tokio::test]
+async fn the_answer_begins_after_the_reasoning() {
+    let source = "{{ messages[0].content }}{% if add_generation_prompt %}<think>\n{% endif %}{# </think> #}";
+    let chat = |reasoning: ReasoningFormat| {
+        let template = chat_format::ChatTemplate::from_source(source, Map::new()).unwrap();
+        Some(ChatFormat {
+            tool_format: template.tool_format(),
+            template,
+            unknown_tools: None,
+            reasoning,
+            auto_tools: true,
+            template_kwargs: Map::new(),
+        })
+    };
+    for (reasoning, free) in [(ReasoningFormat::Auto, true), (ReasoningFormat::None, false)] {
+        let server = start_chat(chat(reasoning), |_| stop(say("x</think>\n\n{}"))).await;
+        let reply = server
+            .chat(json!({"response_format": {"type": "json_object"}}))
+            .await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        let mut walk = walk(&server.backend.requests()[0]);
+        assert_eq!(walk.allowed().unwrap().unwrap().has(700), free);
+        if free {
+            assert!(!walk.allowed().unwrap().unwrap().has(EOS));
+            assert!(!walk.take(700).unwrap() && !walk.take(CLOSE).unwrap());
+            let breaks = tokenizer().encode("\n\n", false).unwrap();
+            assert!(next(&mut walk).contains(&"{".to_owned()));
+            assert!(walk.allowed().unwrap().unwrap().has(breaks[0]));
+            let message = &reply.json()["choices"][0]["message"];
+            assert_eq!(
+                (&message["reasoning_content"], &message["content"]),
+                (&json!("x"), &json!("{}"))
+            );
+        }
+        assert!(next(&mut walk).contains(&"{".to_owned()));
+    }
+}
+
+/// Forms that take long hold up others that are asked for, and nobody else.
+#[tokio::test]
+async fn compilers_are_few_and_have_little_time() {
+    let server = start_with(
+        |c| c.compile_limit = Duration::from_millis(20),
+        |_| stop(say("ok")),
+    )
+    .await;
+    let properties: Map<String, Value> = (0..6_000)
+        .map(|n| (format!("p{n}"), json!({"type": "string"})))
+        .collect();
+    let slow = json!({"guided_json": {"type": "object", "properties": properties}});
+    let mut said = Vec::new();
+    for _ in 0..3 {
+        let reply = server.chat(slow.clone()).await;
+        said.push((
+            reply.status,
+            reply.json()["error"]["code"].as_str().unwrap().to_owned(),
+        ));
+    }
+    let complex = (400, "invalid_constraint".to_owned());
+    assert_eq!(
+        said,
+        [
+            complex.clone(),
+            complex,
+            (503, "constraint_compiler_busy".to_owned())
+        ]
+    );
+    assert_eq!(server.chat(json!({})).await.status, 200);
+    assert_eq!(server.backend.requests().len(), 1);
+    assert_eq!(server.backend.stats().running, 0);
+}
+
+/// What the engine says of a constraint that failed.
+#[tokio::test]
+async fn a_constraint_that_fails_is_an_error() {
+    use mlxworker::backend::EngineError;
+    use mlxworker::backend::scripted::Act;
+    let server = start(|_| Ok(vec![Act::Fail(EngineError::Constraint("stuck".to_owned()))])).await;
+    let reply = server.chat(json!({"guided_regex": "a"})).await;
+    assert_eq!(reply.status, 500, "{}", reply.text());
+    let error = &reply.json()["error"];
+    assert_eq!(error["code"], "constraint_failed");
+    assert!(error["message"].as_str().unwrap().contains("stuck"), "{error}");
+}
