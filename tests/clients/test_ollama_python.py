@@ -1,5 +1,7 @@
 """Ollama's own Python library against swapd, with a real worker and the demonstration model behind it."""
 
+import json
+
 import ollama
 import pytest
 
@@ -77,6 +79,15 @@ def test_tools_are_called_and_answered(client):
     assert after.message.content and not after.message.tool_calls
     streamed = list(client.chat(model="demo", messages=question, tools=[get_weather], options=GREEDY, stream=True))
     assert [c.function.arguments for p in streamed for c in p.message.tool_calls or []] == [{"city": "Paris"}]
+
+
+def test_a_format_is_kept_to(client):
+    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}, "size": {"type": "integer", "maximum": 9}},
+              "required": ["city", "size"], "additionalProperties": False}
+    reply = json.loads(client.chat(model="demo", messages=ask("A city?"), options=GREEDY, format=schema).message.content)
+    assert set(reply) == {"city", "size"} and reply["city"] in ("Paris", "Rome") and reply["size"] <= 9
+    pieces = client.generate(model="demo", prompt="A city?", options=GREEDY | {"num_predict": 6}, format="json", stream=True)
+    assert "".join(piece.response for piece in pieces).startswith("{")
 
 
 def test_models_are_listed_and_shown(client):

@@ -3,10 +3,12 @@
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, ConfigDict, Field
 
 from harness import Stream, chat_body, endless, error_of, eventually
 
@@ -132,6 +134,67 @@ def test_several_choices(client):
     reply = ask(client, COUNT, n=2)
     assert [c.index for c in reply.choices] == [0, 1]
     assert len({c.message.content for c in reply.choices}) == 1, "greedy, so both alike"
+
+
+class City(BaseModel):
+    """What a reply is to be, for the library's own `parse`; the bounds keep a model short that knows nothing of cities."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(max_length=12)
+    size: Literal["small", "large"]
+    people: int = Field(ge=0, le=99_999_999)
+    rivers: list[Literal["Seine", "Rhine"]] = Field(max_length=2)
+
+
+CALM, HOT = {"temperature": 0}, {"temperature": 1.5, "n": 2, "seed": 11}
+
+
+@pytest.mark.parametrize("more", [CALM, HOT])
+def test_a_reply_under_a_schema_is_valid(client, more):
+    reply = client.chat.completions.parse(**chat_body("A city?") | more, response_format=City)
+    assert len(reply.choices) == more.get("n", 1)
+    for choice in reply.choices:
+        assert choice.finish_reason == "stop" and isinstance(choice.message.parsed, City)
+
+
+def test_a_streamed_reply_under_a_schema_equals_the_whole_one(client):
+    schema = {"type": "json_schema", "json_schema": {"name": "city", "strict": True, "schema": City.model_json_schema()}}
+    whole = ask(client, "A city?", response_format=schema).choices[0]
+    assert joined(ask(client, "A city?", response_format=schema, stream=True)) == (whole.message.content, "stop")
+    City.model_validate_json(whole.message.content)
+    # Cut, it is the beginning of one.
+    cut = ask(client, "A city?", response_format=schema, max_tokens=5).choices[0]
+    assert cut.finish_reason == "length" and whole.message.content.startswith(cut.message.content)
+
+
+@pytest.mark.parametrize("fields, pattern", [
+    ({"guided_choice": ["red", "green"]}, "red|green"), ({"structured_outputs": {"regex": r"[A-F]{3}-\d{2}"}}, r"[A-F]{3}-\d{2}"),
+    ({"guided_grammar": 'start: "<" /[a-z]{2,5}/ ">"'}, "<[a-z]{2,5}>")])
+def test_other_forms_of_replies(client, fields, pattern):
+    choice = ask(client, COUNT, extra_body=fields).choices[0]
+    assert re.fullmatch(pattern, choice.message.content) and choice.finish_reason == "stop"
+    text = client.completions.create(model="demo", prompt="Once", max_tokens=40, extra_body=fields).choices[0].text
+    assert re.fullmatch(pattern, text)
+
+
+def test_forms_and_free_replies_at_the_same_time(client):
+    alone = {text: ask(client, text).choices[0].message.content for text in PROMPTS[:3]}
+    bound = ({"guided_regex": "[0-9]{40}"}, {"guided_choice": ["yes", "no"]})
+    with ThreadPoolExecutor(8) as pool:
+        forms = [pool.submit(ask, client, "A number?", extra_body=bound[i % 2]) for i in range(4)]
+        free = {text: pool.submit(ask, client, text) for text in alone}
+        assert {text: reply.result().choices[0].message.content for text, reply in free.items()} == alone
+    for i, form in enumerate(forms):
+        assert re.fullmatch(["[0-9]{40}", "yes|no"][i % 2], form.result().choices[0].message.content)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("guided_regex", "a(b"), ("guided_grammar", "start: nothing"), ("guided_json", {"type": "strin"}),
+    ("response_format", {"type": "xml"}), ("guided_choice", [])])
+def test_a_form_that_makes_no_sense_is_400_and_named(client, field, value):
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, COUNT, extra_body={field: value})
+    assert caught.value.param == field and field in caught.value.message
 
 
 def test_completions(client):
