@@ -4,11 +4,11 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use mlx_ext::ops::slice;
-use mlx_rs::error::Result;
+use mlx_rs::error::{Exception, Result};
 use mlx_rs::ops::indexing::{argmax_axis, take_along_axis};
 use mlx_rs::{Array, ops};
 
-use crate::backend::SamplingParams;
+use crate::backend::{SamplingParams, TokenLogprobs};
 
 /// Below this temperature a draw is greedy: dividing by less would overflow.
 const COLDEST: f32 = 1e-5;
@@ -98,6 +98,29 @@ impl Draw {
             std::iter::once(&logprobs.own).chain(top.flat_map(|(ids, values)| [ids, values]))
         }))
     }
+}
+
+impl DrawnLogprobs {
+    /// Waits for them.
+    pub(super) fn read(&self) -> Result<TokenLogprobs> {
+        let own = self.own.try_item_cast::<f32>();
+        let logprob = own.map_err(|error| conversion(&error))?;
+        let top = match &self.top {
+            None => Vec::new(),
+            Some((ids, values)) => {
+                let ids = ids.to_vec_cast::<u32>().map_err(|error| conversion(&error))?;
+                let values = values.to_vec_cast::<f32>().map_err(|error| conversion(&error))?;
+                // What a constraint forbids has none.
+                let known = |(_, value): &(u32, f32)| *value > f32::NEG_INFINITY;
+                ids.into_iter().zip(values).filter(known).collect()
+            }
+        };
+        Ok(TokenLogprobs { logprob, top })
+    }
+}
+
+pub(super) fn conversion(error: &mlx_rs::error::ConversionError) -> Exception {
+    Exception::custom(error.to_string())
 }
 
 impl Sampler {

@@ -15,7 +15,7 @@ use mlx_rs::transforms::{async_eval, eval};
 use mlx_rs::{Array, ops};
 
 use super::places::{blocks, flat, int, join, spans};
-use super::sampler::{Draw, DrawnLogprobs, History, Parameters, Sampler};
+use super::sampler::{Draw, DrawnLogprobs, History, Parameters, Sampler, conversion};
 use crate::backend::TokenLogprobs;
 use crate::model::Model;
 use crate::model::kernels::KernelReport;
@@ -581,7 +581,7 @@ impl Flight {
             all.push(Landed {
                 id,
                 token,
-                logprob: logprobs.as_ref().map(read_logprobs).transpose()?,
+                logprob: logprobs.as_ref().map(DrawnLogprobs::read).transpose()?,
             });
         }
         Ok(())
@@ -591,28 +591,6 @@ impl Flight {
 /// None of `next` goes on from a flight with these rows.
 fn is_stranger(rows: &[SeqId], next: &[SeqId]) -> bool {
     !rows.iter().any(|row| next.contains(row))
-}
-
-fn read_logprobs(drawn: &DrawnLogprobs) -> Result<TokenLogprobs> {
-    let logprob = drawn
-        .own
-        .try_item_cast::<f32>()
-        .map_err(|error| conversion(&error))?;
-    let top = match &drawn.top {
-        None => Vec::new(),
-        Some((ids, values)) => {
-            let ids = ids.to_vec_cast::<u32>().map_err(|error| conversion(&error))?;
-            let values = values.to_vec_cast::<f32>().map_err(|error| conversion(&error))?;
-            // What a constraint forbids has none.
-            let known = |(_, value): &(u32, f32)| *value > f32::NEG_INFINITY;
-            ids.into_iter().zip(values).filter(known).collect()
-        }
-    };
-    Ok(TokenLogprobs { logprob, top })
-}
-
-fn conversion(error: &mlx_rs::error::ConversionError) -> Exception {
-    Exception::custom(error.to_string())
 }
 
 #[cfg(test)]
