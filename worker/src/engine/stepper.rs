@@ -5,7 +5,7 @@
 //! step n, step n+1's forward pass is issued before that token is read, and its draws after.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::rc::Rc;
 
 use constraint::Allowed;
 use kv_cache::{BlockId, CopyBlock, KvQuantization, SeqId, SlotRun, copy_runs};
@@ -45,7 +45,7 @@ pub(super) struct Stepper {
     chunks: Vec<Vec<Array>>,
     chunks_before: Vec<Vec<Array>>,
     /// Parameters of the rows that were stepped together last.
-    parameters: Option<(Vec<SeqId>, Arc<Parameters>)>,
+    parameters: Option<(Vec<SeqId>, Rc<Parameters>)>,
     /// What is to go wrong.
     #[cfg(test)]
     pub(super) faults: Faults,
@@ -119,7 +119,7 @@ struct Forward {
     /// Before the draw.
     history: History,
     numbers: Option<Array>,
-    parameters: Arc<Parameters>,
+    parameters: Rc<Parameters>,
 }
 
 /// How the token after a prompt is drawn.
@@ -408,7 +408,7 @@ impl Stepper {
         let logits = self.model.step(&tokens, &places, &self.kv)?;
         if self.parameters.as_ref().is_none_or(|(known, _)| *known != ids) {
             let shared: Vec<&Sampler> = samplers.iter().map(|sampler| &**sampler).collect();
-            self.parameters = Some((ids.clone(), Arc::new(Parameters::new(&shared, self.vocab)?)));
+            self.parameters = Some((ids.clone(), Rc::new(Parameters::new(&shared, self.vocab)?)));
         }
         #[cfg(test)]
         if rows.iter().any(|row| Some(row.position) == self.faults.position) {
@@ -422,7 +422,7 @@ impl Stepper {
             logits,
             history,
             numbers: parameters.numbers(samplers.iter_mut().map(|sampler| &mut **sampler)),
-            parameters: Arc::clone(parameters),
+            parameters: Rc::clone(parameters),
         })
     }
 
