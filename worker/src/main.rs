@@ -62,12 +62,10 @@ fn serve(args: ParsedArgs) -> ExitCode {
     log(&args);
     warn(&args);
     die_with_parent();
-    // One thread for all of HTTP: the engine's two are what the machine's cores are for, and a runtime of several threads
-    // wakes a second one for every token, to look for work that is not there.
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
-            complain(&format!("cannot start the runtime: {error}"));
+            complain(&format!("cannot start threads: {error}"));
             return ExitCode::FAILURE;
         }
     };
