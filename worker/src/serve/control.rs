@@ -98,7 +98,7 @@ impl Control {
         })
     }
 
-    /// Sends an event and waits until it is written, or the proxy is gone, or has not read for [`SEND_LIMIT`]: it may live
+    /// Sends an event and waits until it is written, or the proxy is gone, or has not read for five seconds: it may live
     /// and stand still, and a worker that is about to end must end.
     pub async fn send(&mut self, event: &WorkerEvent) {
         let (sent, written) = oneshot::channel();
