@@ -56,18 +56,21 @@ class Worker:
         with urllib.request.urlopen(self.base + path, timeout=10) as answer:
             return json.load(answer)
 
-    def rate(self, streams, options, body):
-        command = [self.load, f"w={self.base}#model", "--streams", streams, "--requests", 2 * streams, "--warmup", 0, "--rounds", 1,
-                   "--prompt-tokens", options.prompt_tokens, "--tokens", options.tokens, "--body", json.dumps(body), "--json"]
+    def bench(self, body, *more):
+        """mlx-bench's report of one round."""
+        command = [self.load, f"w={self.base}#model", "--warmup", 0, "--rounds", 1, "--body", json.dumps(body), "--json", *more]
         done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
         return json.loads(done.stdout)["endpoints"][0]
 
+    def rate(self, streams, options, body):
+        """Tokens a second of all streams while all of them are being written."""
+        found = self.bench(body, "--streams", streams, "--requests", 2 * streams, "--prompt-tokens", options.prompt_tokens,
+                           "--tokens", options.tokens)
+        return found["full_tokens_per_second"]["median"]
+
     def prompt_rate(self, length):
         """Tokens a second of new prompts, until the first token has come."""
-        command = [self.load, f"w={self.base}#model", "--streams", 1, "--requests", 2, "--warmup", 0, "--rounds", 1,
-                   "--prompt-tokens", length, "--tokens", 2, "--body", json.dumps(GREEDY), "--json"]
-        done = subprocess.run([str(part) for part in command], stdout=subprocess.PIPE, text=True, check=True)
-        found = json.loads(done.stdout)["endpoints"][0]
+        found = self.bench(GREEDY, "--streams", 1, "--requests", 2, "--prompt-tokens", length, "--tokens", 2)
         return found["prompt_tokens"]["mean"] / found["ttft_ms"]["min"] * 1e3
 
     def complete(self, prompt, tokens):
@@ -110,9 +113,10 @@ def main():
     arguments.add_argument("--tokens", type=int, default=128)
     arguments.add_argument("--rounds", type=int, default=3)
     arguments.add_argument("--prefill", default="")
-    mine, _, flags = " ".join(map(shlex.quote, sys.argv[1:])).partition(" -- ")
-    options = arguments.parse_args(shlex.split(mine))
-    options.flags = shlex.split(flags)
+    given = sys.argv[1:]
+    mine = given.index("--") if "--" in given else len(given)
+    options = arguments.parse_args(given[:mine])
+    options.flags = given[mine + 1:]
     all_streams = [int(n) for n in options.streams.split(",")]
     worker = Worker(options)
     peer = None
@@ -133,7 +137,7 @@ def measure(worker, peer, all_streams, options):
         for streams in all_streams:
             for side in ("worker", "peer") if round_ % 2 else ("peer", "worker"):
                 if side == "worker":
-                    found = worker.rate(streams, options, GREEDY)["full_tokens_per_second"]["median"]
+                    found = worker.rate(streams, options, GREEDY)
                 else:
                     found = peer.ask(streams=streams, prompt_tokens=options.prompt_tokens, tokens=options.tokens)["tok_s"]
                 say(round=round_, streams=streams, side=side, tokens_per_second=round(found, 1))
@@ -143,7 +147,7 @@ def measure(worker, peer, all_streams, options):
     for n in all_streams:
         say(streams=n, mlxworker=round(middle(ours[n]), 1), peer=round(middle(theirs[n]), 1),
             ratio=round(middle(a / b for a, b in zip(ours[n], theirs[n])), 2))
-    defaults = {n: worker.rate(n, options, {})["full_tokens_per_second"]["median"] for n in all_streams}
+    defaults = {n: worker.rate(n, options, {}) for n in all_streams}
     say(what="with the default sampling's penalties, greedy", tokens_per_second=defaults)
     say(what="replies equal alone and together", equal=worker.alone_and_together(8, 64), of=8)
     for length in [int(n) for n in options.prefill.split(",") if n]:

@@ -364,7 +364,12 @@ impl<'a> Loop<'a> {
         self.counters.decoded(self.stepper.has_kernels());
         self.counters.late_draws.fetch_add(u64::from(late), Relaxed);
         let generators: Vec<_> = samplers.iter().map(|sampler| sampler.generator()).collect();
-        match self.stepper.decode_now_or_late(late, &rows, &mut samplers) {
+        let decode = if late {
+            Stepper::decode_undrawn
+        } else {
+            Stepper::decode
+        };
+        match decode(&mut self.stepper, &rows, &mut samplers) {
             Ok(()) => return Ok(()),
             Err(Fault::Graph(error)) => tracing::warn!(
                 error = error.what(),
@@ -378,7 +383,7 @@ impl<'a> Loop<'a> {
         for ((row, sampler), generator) in rows.iter().zip(samplers).zip(generators) {
             sampler.set_generator(generator);
             let row = std::slice::from_ref(row);
-            match self.stepper.decode_now_or_late(late, row, &mut [sampler]) {
+            match decode(&mut self.stepper, row, &mut [sampler]) {
                 Ok(()) => {}
                 Err(Fault::Graph(error)) => failed.extend(row.first().map(|row| (row.id, error))),
                 Err(Fault::Device(error)) => return self.fail_running(&error),

@@ -319,20 +319,6 @@ impl Stepper {
         Ok(())
     }
 
-    /// One of the two.
-    pub(super) fn decode_now_or_late(
-        &mut self,
-        late: bool,
-        rows: &[DecodeRow<'_>],
-        samplers: &mut [&mut Sampler],
-    ) -> Step {
-        if late {
-            self.decode_undrawn(rows, samplers)
-        } else {
-            self.decode(rows, samplers)
-        }
-    }
-
     /// The rows that wait for their draws.
     pub(super) fn undrawn(&self) -> Vec<SeqId> {
         self.undrawn

@@ -15,7 +15,10 @@ use crate::model::Model;
 use crate::model::kv::{Chunk, KvSlabs, Row, Rows, Span};
 
 /// Steps that are timed, after one that is not.
-const STEPS: usize = 7;
+const STEPS: i32 = 7;
+
+/// Positions that a timing adds to a sequence, and one more.
+const GROWN: i32 = STEPS + 2;
 
 /// Prompts of the test are computed in pieces of so many tokens, all alike: MLX' CUDA build compiles a quantised product for
 /// each kind of length when it first meets it, which takes tens of seconds.
@@ -122,10 +125,10 @@ fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<Ke
     // The kernels for each number of rows are compiled here, and not when somebody waits for them. With few rows each of the
     // sequences gets its turn: what one position more or less does is seen in the shortest.
     let most_rows = prompts.len().min(rows);
-    for count in [1, 2, 4, most_rows]
-        .into_iter()
-        .filter(|&count| count <= most_rows)
-    {
+    let mut counts = vec![1, 2, 4, most_rows];
+    counts.retain(|&count| count <= most_rows);
+    counts.dedup();
+    for count in counts {
         for (place, prompts) in prompts.chunks_exact(count).enumerate() {
             let (from, to) = (int(place * count)?, int((place + 1) * count)?);
             let some = |tokens: &Array| mlx_ext::ops::slice(tokens, &[0, from], &[1, to]);
@@ -196,7 +199,7 @@ fn gain(timings: &[Timing]) -> f64 {
 fn shapes(positions: i32, block: i32, most: i32) -> Vec<(i32, i32)> {
     let mut shapes = Vec::new();
     for rows in [1, most] {
-        let room = positions / block.max(1) / rows.max(1) * block - grown();
+        let room = positions / block.max(1) / rows.max(1) * block - GROWN;
         for length in [SHALLOW, DEEP] {
             let shape = (rows, length.min(room));
             if room > 0 && !shapes.contains(&shape) {
@@ -207,14 +210,9 @@ fn shapes(positions: i32, block: i32, most: i32) -> Vec<(i32, i32)> {
     shapes
 }
 
-/// Positions that a timing adds to a sequence, and one more.
-fn grown() -> i32 {
-    i32::try_from(STEPS).unwrap_or(i32::MAX - 2) + 2
-}
-
 /// Sequences to be timed: what is in their blocks does not matter.
 fn rows_of(rows: i32, length: i32, block: i32) -> Vec<Prompt> {
-    let each = (length + grown() + block - 1) / block;
+    let each = (length + GROWN + block - 1) / block;
     (0..rows)
         .map(|row| Prompt {
             blocks: in_pieces(row * each, each),
@@ -241,7 +239,7 @@ fn prompts(positions: i32, block: i32, rows: usize) -> Vec<Prompt> {
     let mut prompts: Vec<Prompt> = Vec::new();
     for length in lengths.into_iter().cycle().take(rows.clamp(4, 8)) {
         let written = (length + PIECE - 1) / PIECE * PIECE;
-        let needed = (written.max(length + grown()) + block - 1) / block;
+        let needed = (written.max(length + GROWN) + block - 1) / block;
         if needed > left {
             continue;
         }
@@ -367,9 +365,9 @@ fn time(
     mut scores: impl FnMut(&Array, &Rows) -> Result<Array>,
 ) -> Result<f64> {
     let mut tokens = tokens.clone();
-    let mut moments = Vec::with_capacity(STEPS + 1);
+    let mut moments = Vec::new();
     for done in 0..=STEPS {
-        let step = step(kv, prompts, int(done)?)?;
+        let step = step(kv, prompts, done)?;
         let next = argmax_axis(&scores(&tokens, &step)?, -1, false)?.reshape(&[1, -1])?;
         async_eval([&next])?;
         tokens.eval()?;
@@ -412,7 +410,7 @@ mod tests {
             );
             for prompt in &prompts {
                 let room = i32::try_from(prompt.blocks.len()).unwrap() * block;
-                assert!(room > prompt.length + i32::try_from(STEPS).unwrap());
+                assert!(room > prompt.length + STEPS);
                 assert!(room >= (prompt.length + PIECE - 1) / PIECE * PIECE);
                 for from in [0, prompt.length / 2] {
                     let spans = spans(prompt, from, prompt.length);
