@@ -1,6 +1,6 @@
 //! Operations that mlx-rs 0.33 lacks, or offers only for element types known at compile time.
 
-use crate::error;
+use crate::{Language, error};
 use mlx_rs::error::{Exception, Result};
 use mlx_rs::{Array, Dtype, Stream};
 
@@ -53,6 +53,23 @@ pub fn bitwise_or(a: &Array, b: &Array) -> Result<Array> {
         // SAFETY: the handles are alive for the call.
         unsafe { mlx_sys::mlx_bitwise_or(result, a.as_ptr(), b.as_ptr(), stream.as_ptr()) }
     })
+}
+
+/// An array of integers for the host to read while the device still has use for `array`.
+///
+/// On CUDA MLX (0.32.2) moves an array that is read into memory of the host and gives the device's back at once, also when steps
+/// that have been issued are still to read it there; whatever gets that memory next may be what they find. So on CUDA this is
+/// a copy, which nobody but the host should use. Where device and host share their memory it is `array` itself.
+///
+/// # Errors
+///
+/// An array of another type; MLX has no device.
+pub fn for_host(array: &Array) -> Result<Array> {
+    match Language::of_device()? {
+        // MLX's own copy would share the memory.
+        Some(Language::Cuda) => bitwise_or(array, array),
+        Some(Language::Metal) | None => Ok(array.clone()),
+    }
 }
 
 /// The same bytes read as another element type; the last axis grows or shrinks with the size of an element.
@@ -164,5 +181,45 @@ impl Strides {
         ONES.0
             .get(..start.len())
             .ok_or_else(|| Exception::custom("an array of more than 8 axes"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use mlx_rs::ops;
+    use mlx_rs::transforms::async_eval;
+
+    /// What is issued after a long computation finds an array whole that the host has read, and whose place others
+    /// have asked for, before its turn came.
+    #[test]
+    fn a_reader_takes_nothing_from_steps_under_way() {
+        let numbers: Vec<u32> = (0..16).collect();
+        let table = ops::arange::<_, i32>(None, 4096, None).unwrap();
+        let busy = ops::ones::<f32>(&[1024, 1024]).unwrap();
+        for round in 0..20_u32 {
+            // Made by the device, as a host's array is not moved.
+            let round_array = Array::from_slice(&[round], &[1]);
+            let tokens = bitwise_or(&Array::from_slice(&numbers, &[16]), &round_array).unwrap();
+            let told = for_host(&tokens).unwrap();
+            async_eval([&tokens, &told]).unwrap();
+            let mut long = busy.clone();
+            for _ in 0..3 {
+                long = long.matmul(&busy).unwrap().multiply(Array::from_f32(1e-3)).unwrap();
+            }
+            async_eval([&long]).unwrap();
+            let late = table.take_axis(&tokens, 0).unwrap();
+            async_eval([&late]).unwrap();
+            let expected: Vec<u32> = numbers.iter().map(|number| number | round).collect();
+            assert_eq!(told.to_vec_cast::<u32>().unwrap(), expected);
+            drop(told);
+            let others: Vec<Array> = (0..64)
+                .map(|at| Array::from_slice(&[4000_u32 + at; 16], &[16]))
+                .map(|other| bitwise_or(&other, &round_array).unwrap())
+                .collect();
+            async_eval(&others).unwrap();
+            let found = late.to_vec_cast::<u32>().unwrap();
+            assert_eq!(found, expected, "in round {round}");
+        }
     }
 }

@@ -3,7 +3,7 @@
 
 use std::hash::{BuildHasher, Hasher, RandomState};
 
-use mlx_ext::ops::slice;
+use mlx_ext::ops::{for_host, slice};
 use mlx_rs::error::{Exception, Result};
 use mlx_rs::ops::indexing::{argmax_axis, take_along_axis};
 use mlx_rs::{Array, ops};
@@ -74,8 +74,11 @@ struct Random {
 /// One draw for each row, still on the device.
 #[derive(Debug)]
 pub(super) struct Draw {
-    /// The tokens: `[rows]`, unsigned.
+    /// The tokens: `[rows]`, unsigned. For the device: the next step may still wait for its turn to read them when the host
+    /// does.
     pub(super) tokens: Array,
+    /// The same for the host.
+    told: Array,
     /// For each row that wants them.
     pub(super) logprobs: Vec<Option<DrawnLogprobs>>,
 }
@@ -93,10 +96,15 @@ impl Draw {
     /// All arrays, to be evaluated together.
     pub(super) fn arrays(&self) -> impl Iterator<Item = &Array> {
         let logprobs = self.logprobs.iter().flatten();
-        std::iter::once(&self.tokens).chain(logprobs.flat_map(|logprobs| {
+        [&self.tokens, &self.told].into_iter().chain(logprobs.flat_map(|logprobs| {
             let top = logprobs.top.iter();
             std::iter::once(&logprobs.own).chain(top.flat_map(|(ids, values)| [ids, values]))
         }))
+    }
+
+    /// Waits for the tokens.
+    pub(super) fn read(&self) -> Result<Vec<u32>> {
+        self.told.to_vec_cast().map_err(|error| conversion(&error))
     }
 }
 
@@ -325,7 +333,12 @@ impl Parameters {
         if let Some(ids) = &self.ids {
             history.add(&tokens, ids)?;
         }
-        Ok(Draw { tokens, logprobs })
+        let told = for_host(&tokens)?;
+        Ok(Draw {
+            tokens,
+            told,
+            logprobs,
+        })
     }
 
     /// Bias and penalties.

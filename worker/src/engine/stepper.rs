@@ -15,7 +15,7 @@ use mlx_rs::transforms::{async_eval, eval};
 use mlx_rs::{Array, ops};
 
 use super::places::{blocks, flat, int, join, spans};
-use super::sampler::{Draw, DrawnLogprobs, History, Parameters, Sampler, conversion};
+use super::sampler::{Draw, DrawnLogprobs, History, Parameters, Sampler};
 use crate::backend::TokenLogprobs;
 use crate::model::Model;
 use crate::model::kernels::KernelReport;
@@ -558,11 +558,7 @@ impl Stepper {
 
 impl Flight {
     fn read(&self, all: &mut Vec<Landed>) -> Result<()> {
-        let tokens = self
-            .draw
-            .tokens
-            .to_vec_cast::<u32>()
-            .map_err(|error| conversion(&error))?;
+        let tokens = self.draw.read()?;
         for ((&id, token), logprobs) in self.rows.iter().zip(tokens).zip(&self.draw.logprobs) {
             all.push(Landed {
                 id,
