@@ -63,6 +63,8 @@ enum Place {
     Thinking { close: u32 },
     /// After the reasoning: line breaks may come before the text, once. They are the layout that models have learnt.
     Gap,
+    /// After these line breaks: the text or what comes in its place, such as the tool call that models write there.
+    Broken,
     /// Within the text.
     Text,
     /// Something else came in the text's place.
@@ -141,7 +143,9 @@ impl Walk {
                 forbid(&mut set, self.facts.end);
                 return Ok(Some(Allowed { set, count }));
             }
-            Place::Start | Place::Gap | Place::Text => self.guarded(Matcher::compute_mask_or_eos)?,
+            Place::Start | Place::Gap | Place::Broken | Place::Text => {
+                self.guarded(Matcher::compute_mask_or_eos)?
+            }
         };
         let may_end = set.get(self.facts.end as usize);
         for &stop in &self.stops {
@@ -188,12 +192,12 @@ impl Walk {
                 self.place = Place::Thinking { close };
                 return Ok(false);
             }
-            (Place::Start | Place::Gap, _) if self.opening.instead == Some(token) => {
+            (Place::Start | Place::Gap | Place::Broken, _) if self.opening.instead == Some(token) => {
                 self.place = Place::Free;
                 return Ok(false);
             }
             (Place::Gap, _) if self.facts.breaks.contains(&token) => {
-                self.place = Place::Text;
+                self.place = Place::Broken;
                 // Line breaks that the text itself begins with are the text's.
                 if self.guarded(|matcher| matcher.validate_tokens(&[token]))? == 0 {
                     return Ok(false);

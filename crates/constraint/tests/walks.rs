@@ -302,13 +302,11 @@ fn walks_of_one_form_are_independent() {
 fn reasoning_comes_first_and_is_free() {
     let constraint = grammars().compile(&Form::Choice(vec!["yes".into()])).unwrap();
     let yes = [u32::from(b'y'), 256 + 13];
-    let mut inside = constraint.walk(
-        Opening {
-            thinking: Thinking::Inside { close: UNTHINK },
-            instead: Some(CALL),
-        },
-        &[STOP],
-    );
+    let inside_opening = || Opening {
+        thinking: Thinking::Inside { close: UNTHINK },
+        instead: Some(CALL),
+    };
+    let mut inside = constraint.walk(inside_opening(), &[STOP]);
     // Everything but the end of the reply.
     assert_eq!(
         ids(&mut inside),
@@ -322,9 +320,21 @@ fn reasoning_comes_first_and_is_free() {
     let mut expected = [yes.as_slice(), &breaks, &[CALL]].concat();
     expected.sort_unstable();
     assert_eq!(ids(&mut inside), expected);
+    let mut direct = constraint.walk(inside_opening(), &[STOP]);
+    assert!(!direct.take(UNTHINK).unwrap() && !direct.take(CALL).unwrap());
+    assert!(!direct.is_constrained());
+    // After the breaks still either of them, as in the layout that models have learnt.
     assert!(!inside.take(256 + 11).unwrap());
-    assert_eq!(ids(&mut inside), yes);
+    let mut either = [yes.as_slice(), &[CALL]].concat();
+    either.sort_unstable();
+    assert_eq!(ids(&mut inside), either);
+    let mut called = constraint.walk(inside_opening(), &[STOP]);
+    for id in [UNTHINK, 256 + 11, CALL, 7] {
+        assert!(!called.take(id).unwrap());
+    }
+    assert!(!called.is_constrained() && called.allowed().unwrap().is_none());
     assert!(inside.take(256 + 13).unwrap());
+    assert!(!ids(&mut inside).contains(&CALL), "the text has been written");
 
     let may = Thinking::May {
         open: THINK,
