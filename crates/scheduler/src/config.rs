@@ -16,9 +16,9 @@ pub struct Config {
     pub max_running: usize,
     /// Most prompt tokens computed in one step, all sequences together: what a decoding sequence may have to wait for.
     pub prefill_chunk: usize,
-    /// Most tokens × context that one prefill command may cover, which bounds its time on the device: Metal ends a
-    /// command that runs for too long. A chunk is cut so that `len × (start + len)` stays within it; one token always
-    /// may.
+    /// Most tokens × context that the prefill of one step may cover, all sequences together, which bounds its time on the
+    /// device: Metal ends a command that runs for too long, and who decodes waits for it. A chunk is cut so that
+    /// `len × (start + len)` stays within it; one token always may.
     pub step_budget: u64,
     /// Sequences that decode are kept in one run of blocks, by moving what lies in their way: for attention that takes
     /// each run by itself. A kernel that reads block tables has no use for it. Prompts are brought into one run anyway.

@@ -62,7 +62,8 @@
 //!   rest of a prompt goes first. A prompt that got nothing in [`PATIENCE`] steps goes before the others, the longest
 //!   passed over first: so none is passed over in more than `PATIENCE + max_running - 1` steps in a row. A prompt is cut
 //!   where it would be cut alone, whatever its company: a piece that a step has no room for waits.
-//! - **Step budget**: one prefill command covers at most [`Config::step_budget`] tokens × context, or one token.
+//! - **Step budget**: the prefill of a step covers at most [`Config::step_budget`] tokens × context, all prompts together, or
+//!   one token.
 //! - **Preemption**: when the pool is dry, the last to have arrived goes back to the queue, at its old place. It keeps
 //!   its tokens, and is prefilled again from what is still cached.
 //! - **Neighbours**: wherever there is room for that, the blocks of a sequence follow one another

@@ -13,6 +13,13 @@ use crate::types::{Plan, Prefill};
 /// wait for as many chunks as there are long ones. With 4, a long prompt gets a fifth of the prefill at the least.
 pub const PATIENCE: usize = 4;
 
+/// What a step still has room for.
+struct Left {
+    tokens: usize,
+    /// Of [`work`].
+    work: u64,
+}
+
 impl Scheduler {
     pub(crate) fn plan_prefills(&mut self, plan: &mut Plan) {
         let mut order: Vec<_> = self
@@ -29,26 +36,28 @@ impl Scheduler {
             })
             .collect();
         order.sort_unstable();
-        let mut left = self.config.prefill_chunk;
+        let mut left = Left {
+            tokens: self.config.prefill_chunk,
+            work: self.config.step_budget,
+        };
         for (.., id) in order {
-            let planned = self.plan_prefill(id, left, plan);
-            left -= planned;
+            let planned = self.plan_prefill(id, &mut left, plan);
             if let Some(running) = self.jobs.get_mut(&id).and_then(|job| job.running.as_mut()) {
                 running.passed = if planned > 0 { 0 } else { running.passed + 1 };
             }
         }
     }
 
-    /// Plans the next piece of one prompt if it has at most `left` tokens; gives how many.
+    /// Plans the next piece of one prompt if the step has room for it; gives how many tokens.
     ///
     /// A prompt is cut where it would be cut alone, and a piece waits for a step that has room for all of it: how many
     /// tokens are computed together decides how a device rounds, and a prompt's company shall not.
-    fn plan_prefill(&mut self, id: SeqId, left: usize, plan: &mut Plan) -> usize {
+    fn plan_prefill(&mut self, id: SeqId, left: &mut Left, plan: &mut Plan) -> usize {
         let Some(job) = self.jobs.get_mut(&id) else {
             return 0;
         };
         let Some(running) = &mut job.running else { return 0 };
-        if left == 0 {
+        if left.tokens == 0 {
             return 0;
         }
         // What others have computed since it was admitted, also earlier in this very plan.
@@ -71,7 +80,10 @@ impl Scheduler {
             self.config.step_budget,
             self.config.cache.block_size,
         );
-        if len > left {
+        let work = work(start, len);
+        // The first piece always goes: one token at a long context may be more work than the budget allows.
+        let over_budget = work > u128::from(left.work) && !plan.prefill.is_empty();
+        if len > left.tokens || over_budget {
             return 0;
         }
         let tokens = job.tokens.get(start..start + len).unwrap_or(&[]).to_vec();
@@ -99,6 +111,8 @@ impl Scheduler {
             first: (!job.reported).then_some(job.cached),
         });
         job.reported = true;
+        left.tokens -= len;
+        left.work = left.work.saturating_sub(u64::try_from(work).unwrap_or(u64::MAX));
         len
     }
 }
@@ -135,6 +149,11 @@ fn within_budget(start: usize, budget: u64) -> usize {
         len -= 1;
     }
     usize::try_from(len).unwrap_or(usize::MAX).max(1)
+}
+
+/// What `len` tokens from `start` on cost: each looks back on all before the piece's end.
+fn work(start: usize, len: usize) -> u128 {
+    len as u128 * (start as u128 + len as u128)
 }
 
 #[cfg(test)]

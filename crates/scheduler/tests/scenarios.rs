@@ -436,6 +436,42 @@ fn commands_get_shorter_as_the_context_grows() {
     assert_eq!((lengths[0], lengths[1], *lengths.last().unwrap()), (256, 256, 16));
 }
 
+#[test]
+fn prompts_share_the_budget_of_a_step_and_are_cut_as_if_they_were_alone() {
+    let mut config = config();
+    config.step_budget = 4096 * 64;
+    let prompt = |id| own(id, 4200);
+    let cuts = |scheduler: &mut Scheduler, ids: std::ops::Range<u64>| {
+        let mut cuts = vec![Vec::new(); 3];
+        let mut waited = 0;
+        for id in ids.clone() {
+            submit(scheduler, id, prompt(id), 1);
+        }
+        while scheduler.running() + scheduler.waiting() > 0 {
+            let plan = step(scheduler);
+            let work: usize = parts(&plan)
+                .iter()
+                .map(|(_, start, len)| len * (start + len))
+                .sum();
+            assert!(work <= 4096 * 64, "a step of {work}");
+            waited += usize::from(plan.prefill.len() < scheduler.running());
+            for (id, start, len) in parts(&plan) {
+                cuts[id as usize].push((start, len));
+            }
+            for part in plan.prefill.iter().filter(|part| part.last) {
+                scheduler.finish(part.id);
+            }
+        }
+        (cuts, waited)
+    };
+    let (crowded, waited) = cuts(&mut scheduler(config.clone()), 0..3);
+    assert!(waited > 20, "{waited}");
+    for id in 0..3 {
+        let (alone, _) = cuts(&mut scheduler(config.clone()), id..id + 1);
+        assert_eq!(alone[id as usize], crowded[id as usize]);
+    }
+}
+
 /// Two sequences that cannot both grow to their ends.
 fn two_in_a_tight_pool() -> Scheduler {
     let mut config = config();

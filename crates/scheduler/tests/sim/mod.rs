@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::time::Duration;
 
 use kv_cache::{BlockId, CopyBlock, SeqId, Token};
-use scheduler::{Config, NewRequest, PATIENCE, Plan, Refusal, Scheduler};
+use scheduler::{Config, NewRequest, PATIENCE, Plan, Prefill, Refusal, Scheduler};
 
 /// The slabs. A fingerprint is the number of a distinct chain of tokens: equal if and only if the chains are.
 struct Memory {
@@ -285,6 +285,13 @@ impl Engine {
         assert_eq!(prefilled.len(), plan.prefill.len());
         let computed: usize = plan.prefill.iter().map(|part| part.tokens.len()).sum();
         assert!(computed <= self.config.prefill_chunk, "decodes wait too long");
+        let cost = |part: &Prefill| part.tokens.len() as u64 * (part.start + part.tokens.len()) as u64;
+        let work: u64 = plan.prefill.iter().map(cost).sum();
+        // One token alone may be more than that at a long context.
+        assert!(
+            work <= self.config.step_budget || (plan.prefill.len() == 1 && computed == 1),
+            "a step of {work}"
+        );
         for id in &running {
             let sequence = self.sequences.get_mut(id).unwrap();
             self.begun.insert(sequence.group);
@@ -327,8 +334,6 @@ impl Engine {
         for part in &plan.prefill {
             let (id, len) = (part.id, part.tokens.len());
             let end = part.start + len;
-            let cost = len as u64 * end as u64;
-            assert!(cost <= self.config.step_budget || len == 1, "a command of {cost}");
             let sequence = self.sequences.get_mut(&id).unwrap();
             assert!(!sequence.prompt_done);
             assert_eq!(
