@@ -1,7 +1,7 @@
 //! A model server that does what it is told: the upstream of the black-box tests and of the benchmark.
 //!
 //! As a worker (`MLXWORKER_CONTROL=stdin`, arguments `serve ... -- MODEL`) it speaks the control socket; as a foreign
-//! command (`--port N`) it only serves. What it does is set by the environment or, per request, by the JSON body.
+//! command (`--port N`) it only serves. With `--api-key=K` it wants that key with every request. What it does is set by the environment or, per request, by the JSON body.
 //!
 //! Environment: `FAKE_START_MS` delay before it is ready; `FAKE_IGNORE_TERM=1` neither SIGTERM nor a stop order ends it;
 //! `FAKE_FAIL=text` writes the text to stderr and exits 3 instead of getting ready; `FAKE_JOURNAL=file` one line per
@@ -245,7 +245,24 @@ fn upgrade(mut request: Request<Incoming>) -> Response<Stream> {
     response
 }
 
+/// As the real worker: a key that it was started with has to be shown, by the first of these headers that is there.
+fn has_key(headers: &http::HeaderMap) -> bool {
+    let Some(key) = std::env::args().find_map(|a| Some(a.strip_prefix("--api-key=")?.to_owned())) else {
+        return true;
+    };
+    match (headers.get("x-api-key"), headers.get("authorization")) {
+        (Some(given), _) => *given == key,
+        (None, Some(given)) => *given == format!("Bearer {key}"),
+        (None, None) => false,
+    }
+}
+
 async fn answer(request: Request<Incoming>) -> Result<Response<Stream>, Infallible> {
+    if !has_key(request.headers()) {
+        let mut response = Response::new(Stream::text("no key"));
+        *response.status_mut() = http::StatusCode::UNAUTHORIZED;
+        return Ok(response);
+    }
     if request.headers().contains_key("upgrade") {
         if request.uri().path() == "/hang" {
             let _watch = Watch { complete: false };

@@ -234,6 +234,45 @@ fn websockets_are_shown_and_can_be_ended() {
 }
 
 #[test]
+fn a_worker_with_a_key_of_its_own_is_shown_it_and_nobody_else_is() {
+    let swapd = Swapd::start(
+        "apiKeys: [client]\nmodels: {m: {worker: {model: DIR, apiKey: of-the-worker}, env: [JOURNAL]}}",
+    );
+    let ask = |method: &str, path: &str, body: &str| {
+        let key = "Authorization: Bearer client\r\nX-Api-Key: client\r\n";
+        swapd.open(method, path, key, body).finish()
+    };
+    let answer = ask(
+        "POST",
+        "/v1/chat/completions",
+        &common::chat_body("m", r#""echo":true"#),
+    );
+    assert_eq!(answer.status, 200, "{answer:?}");
+    let seen = answer.json()["headers"].to_string();
+    assert!(
+        seen.contains(r#"["authorization","Bearer of-the-worker"]"#),
+        "{seen}"
+    );
+    assert!(!seen.contains("client"), "{seen}");
+    assert_eq!(ask("GET", "/upstream/m/any", "").body, "/any");
+    let chat = ask(
+        "POST",
+        "/api/chat",
+        r#"{"model":"m","messages":[{"role":"user","content":"x"}],"stream":false}"#,
+    );
+    assert_eq!(chat.status, 200, "{chat:?}");
+    let upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\nAuthorization: Bearer client\r\n";
+    let open = swapd.open("GET", "/v1/realtime?model=m", upgrade, "");
+    assert_eq!(open.status, 101);
+    let running = ask("GET", "/running", "").body;
+    assert!(
+        running.contains("--api-key=(hidden)") && !running.contains("of-the-worker"),
+        "{running}"
+    );
+    assert_eq!(swapd.chat("m", "").status, 401);
+}
+
+#[test]
 fn a_websocket_that_the_model_never_answers_can_be_ended() {
     let swapd = Swapd::start(ONE);
     let upgrade = "Connection: Upgrade\r\nUpgrade: websocket\r\n";

@@ -54,7 +54,7 @@ async fn a_used_connection_that_is_not_ready_holds_no_request_up() {
         keepalive: None,
         tls_handshake: None,
     };
-    let pool = Pool::new("127.0.0.1", port, limits);
+    let pool = Pool::new("127.0.0.1", port, limits, None);
     // More than the buffers of both ends hold.
     let body = Bytes::from(vec![b'x'; 64 << 20]);
     for _ in 0..2 {

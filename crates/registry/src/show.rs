@@ -107,7 +107,7 @@ impl Registry {
 fn model(m: &Model) -> Value {
     let launch = match &m.launch {
         Launch::Worker(w) => json!({"worker": w.model, "directory": w.is_path,
-            "argv": hide_keys(w.argv()), "env": variables(&w.env)}),
+            "argv": w.shown_argv(), "env": variables(&w.env)}),
         Launch::Command(c) => json!({"argv": hide_keys(c.argv.clone()), "cmdStop": c.cmd_stop,
             "env": variables(&c.env), "proxy": c.proxy, "checkEndpoint": c.check_endpoint, "port": c.port}),
     };
@@ -178,7 +178,7 @@ fn variables(env: &[(String, String)]) -> Vec<String> {
         .collect()
 }
 
-fn hide_keys(argv: Vec<String>) -> Vec<String> {
+pub(crate) fn hide_keys(argv: Vec<String>) -> Vec<String> {
     let mut after_key = false;
     argv.into_iter()
         .map(|arg| {

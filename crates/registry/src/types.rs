@@ -106,6 +106,21 @@ impl WorkerLaunch {
         argv.extend(self.settings.to_argv());
         argv
     }
+
+    /// [`Self::argv`] for people's eyes: without the key.
+    #[must_use]
+    pub fn shown_argv(&self) -> Vec<String> {
+        crate::show::hide_keys(self.argv())
+    }
+
+    /// The key that the worker asks every request for.
+    #[must_use]
+    pub fn api_key(&self) -> Option<&str> {
+        match self.settings.get("api-key") {
+            Some(knobs::Value::Str(key)) => Some(key),
+            _ => None,
+        }
+    }
 }
 
 /// A `cmd:` in llama-swap's manner.

@@ -212,6 +212,19 @@ fn api_keys_are_checked_and_never_shown() {
     assert!(found[1].contains("apiKeys[1]: an api key cannot contain spaces"));
     assert!(found[2].contains("apiKeys[2].key: is missing"));
     assert!(found[3].contains("apiKeys[3]: empty api key"));
+    for (key, why) in [
+        ("''", "expected text"),
+        ("a b", "spaces"),
+        (r#""a\x01b""#, "control characters"),
+    ] {
+        let found = errors(&format!(
+            "models: {{m: {{worker: {{model: a/b, apiKey: {key}}}}}}}\n"
+        ));
+        assert!(
+            found[0].contains("models.m.worker.apiKey: ") && found[0].contains(why),
+            "{found:?}"
+        );
+    }
     let registry = load("apiKeys: [hunter2, 12345, hunter2]");
     assert_eq!(registry.globals.api_keys.len(), 2);
     assert_eq!(registry.globals.api_keys[1].key, "12345");

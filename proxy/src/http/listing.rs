@@ -309,7 +309,7 @@ pub fn running(app: &App) -> Value {
 fn command_of(catalog: &Catalog, id: &str) -> (String, Option<String>) {
     match catalog.model(id).map(|m| &m.launch) {
         Some(Launch::Command(c)) => (c.cmd.clone(), Some(c.proxy.clone())),
-        Some(Launch::Worker(w)) => (format!("mlxworker {}", w.argv().join(" ")), None),
+        Some(Launch::Worker(w)) => (format!("mlxworker {}", w.shown_argv().join(" ")), None),
         None => (String::new(), None),
     }
 }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use api_types::control::{CONTROL_ENV, CONTROL_STDIN, ProxyCommand, WorkerEvent, to_line};
+use http::HeaderValue;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -51,6 +52,7 @@ pub(super) async fn run(
     logs: &Logs,
     report: &(impl Fn(Report) + Send + Sync),
 ) -> Result<String, String> {
+    let authorization = launch.api_key().map(bearer).transpose()?;
     let mut command = Command::new(program());
     command
         .args(launch.argv())
@@ -78,7 +80,7 @@ pub(super) async fn run(
             status = child.wait() => break status,
             line = lines.next_line(), if listening => match line {
                 Ok(Some(line)) => {
-                    fatal = heard(&line, process, definition, logs, report).or(fatal);
+                    fatal = heard(&line, process, definition, authorization.as_ref(), logs, report).or(fatal);
                     if !stopping && process.announced.get().is_some() {
                         let at = Instant::now() + limit;
                         silent_at = Some(at);
@@ -109,7 +111,7 @@ pub(super) async fn run(
     };
     // What it said last may still be in the socket.
     while let Ok(Ok(Some(line))) = tokio::time::timeout(Duration::from_millis(20), lines.next_line()).await {
-        fatal = heard(&line, process, definition, logs, &|_| ()).or(fatal);
+        fatal = heard(&line, process, definition, None, logs, &|_| ()).or(fatal);
     }
     // Helpers that the worker may have left in its group go with it.
     if let Some(pid) = pid.and_then(|p| i32::try_from(p).ok()) {
@@ -123,11 +125,20 @@ pub(super) async fn run(
     })
 }
 
+/// How swapd shows a worker its key: a client's own credentials are for swapd, and end there.
+fn bearer(key: &str) -> Result<HeaderValue, String> {
+    let value = HeaderValue::try_from(format!("Bearer {key}"));
+    let mut value = value.map_err(|_| "its apiKey holds what no header can hold".to_owned())?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
 /// Takes one message of the worker; returns the message of a fatal one.
 fn heard(
     line: &str,
     process: &Process,
     definition: &Definition,
+    authorization: Option<&HeaderValue>,
     logs: &Logs,
     report: &(impl Fn(Report) + Send + Sync),
 ) -> Option<String> {
@@ -136,7 +147,7 @@ fn heard(
         Ok(WorkerEvent::Ready { port, limits, .. }) => {
             let _ = process.announced.set(limits);
             report(Report::Ready(
-                Pool::new("127.0.0.1", port, definition.limits),
+                Pool::new("127.0.0.1", port, definition.limits, authorization.cloned()),
                 String::new(),
             ));
         }

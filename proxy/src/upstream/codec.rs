@@ -4,7 +4,9 @@ use std::io::{Error, ErrorKind};
 use std::mem::MaybeUninit;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING};
+use http::header::{
+    AUTHORIZATION, CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, TRANSFER_ENCODING,
+};
 use http::{Method, Request, Response, StatusCode, Version};
 
 /// Most bytes of a reply's head.
@@ -19,9 +21,13 @@ fn invalid(why: &'static str) -> Error {
 }
 
 /// The head of a request as it goes over the wire. Its length is that of the body; a `Host` that is missing is
-/// `authority`.
+/// `authority`; `authorization` goes before the request's own.
 #[must_use]
-pub(super) fn encode_head(request: &Request<Bytes>, authority: &str) -> Vec<u8> {
+pub(super) fn encode_head(
+    request: &Request<Bytes>,
+    authority: &str,
+    authorization: Option<&HeaderValue>,
+) -> Vec<u8> {
     let mut out = Vec::with_capacity(512);
     out.extend_from_slice(request.method().as_str().as_bytes());
     out.push(b' ');
@@ -37,7 +43,13 @@ pub(super) fn encode_head(request: &Request<Bytes>, authority: &str) -> Vec<u8> 
     if !request.headers().contains_key(HOST) {
         line(b"host", authority.as_bytes());
     }
+    if let Some(value) = authorization {
+        line(b"authorization", value.as_bytes());
+    }
     for (name, value) in request.headers() {
+        if authorization.is_some() && name == AUTHORIZATION {
+            continue;
+        }
         line(name.as_str().as_bytes(), value.as_bytes());
     }
     let length = request.body().len();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::{Bytes, BytesMut};
-use http::{Method, Request};
+use http::{HeaderValue, Method, Request};
 use http_body::{Body, Frame, SizeHint};
 use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
@@ -86,8 +86,12 @@ pub(super) struct Outgoing {
 }
 
 impl Outgoing {
-    pub(super) fn new(request: &Request<Bytes>, authority: &str) -> Self {
-        let mut head = codec::encode_head(request, authority);
+    pub(super) fn new(
+        request: &Request<Bytes>,
+        authority: &str,
+        authorization: Option<&HeaderValue>,
+    ) -> Self {
+        let mut head = codec::encode_head(request, authority, authorization);
         let mut body = request.body().clone();
         if body.len() <= SMALL {
             head.extend_from_slice(&body);

@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response};
 use parking_lot::{Mutex, RwLock};
 use registry::Timeouts;
 use socket2::{SockRef, TcpKeepalive};
@@ -107,6 +107,8 @@ pub struct Pool {
     authority: String,
     /// Those of the registry in force.
     limits: RwLock<Limits>,
+    /// What a worker that has a key of its own is shown.
+    authorization: Option<HeaderValue>,
     /// What a worker of ours does not need.
     far: Option<Far>,
     idle: Mutex<VecDeque<Idle>>,
@@ -127,14 +129,15 @@ struct Idle {
 }
 
 impl Pool {
-    /// An empty pool.
+    /// An empty pool. Every request shows the server this `authorization`, whoever it comes from.
     #[must_use]
-    pub fn new(host: &str, port: u16, limits: Limits) -> Arc<Self> {
+    pub fn new(host: &str, port: u16, limits: Limits, authorization: Option<HeaderValue>) -> Arc<Self> {
         Arc::new(Self {
             host: host.to_owned(),
             port,
             authority: format!("{host}:{port}"),
             limits: RwLock::new(limits),
+            authorization,
             far: None,
             idle: Mutex::default(),
         })
@@ -149,6 +152,8 @@ impl Pool {
             port: *port,
             authority: address.authority.clone(),
             limits: RwLock::new(limits),
+            // A peer's key comes with its request.
+            authorization: None,
             far: Some(Far {
                 tls: *tls,
                 here: address.is_here(),
@@ -211,7 +216,7 @@ impl Pool {
         request: &Request<Bytes>,
         on_conn: &(dyn Fn(Closer) + Sync),
     ) -> Result<Response<Incoming>, Error> {
-        let mut out = Outgoing::new(request, &self.authority);
+        let mut out = Outgoing::new(request, &self.authority, self.authorization.as_ref());
         let method = request.method();
         let mut used = self.take_idle();
         loop {

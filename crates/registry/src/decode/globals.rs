@@ -268,10 +268,8 @@ fn api_keys(root: &Node, findings: &mut Findings) -> Vec<ApiKey> {
             _ => (item.text(), None),
         };
         let Some(key) = key else { continue };
-        if key.is_empty() {
-            findings.error(Code::Value, item.at, path, "empty api key");
-        } else if key.contains(char::is_whitespace) {
-            findings.error(Code::Value, item.at, path, "an api key cannot contain spaces");
+        if let Some(why) = no_key(&key) {
+            findings.error(Code::Value, item.at, path, why);
         } else if keys.iter().any(|k| k.key == key) {
             findings.warn(
                 Code::Conflict,
@@ -284,6 +282,19 @@ fn api_keys(root: &Node, findings: &mut Findings) -> Vec<ApiKey> {
         }
     }
     keys
+}
+
+/// Why no request could carry this key.
+pub(super) fn no_key(key: &str) -> Option<&'static str> {
+    if key.is_empty() {
+        Some("empty api key")
+    } else if key.contains(char::is_whitespace) {
+        Some("an api key cannot contain spaces")
+    } else if key.contains(char::is_control) {
+        Some("an api key cannot contain control characters")
+    } else {
+        None
+    }
 }
 
 fn scheduler(root: &Node) -> Scheduler {

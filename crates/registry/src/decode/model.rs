@@ -6,7 +6,7 @@ use std::time::Duration;
 use indexmap::IndexMap;
 use knobs::{Effect, KnobError, Settings, by_yaml_key};
 
-use super::globals::health_check_timeout;
+use super::globals::{health_check_timeout, no_key};
 use super::read::{flag, int, number, object, seconds, strings, text, texts};
 use crate::check::join;
 use crate::diagnostic::{Code, Findings};
@@ -140,6 +140,11 @@ fn worker(
     }
     if let Err(e) = settings.resolve() {
         findings.error(Code::Conflict, node.at, &path, e.to_string());
+    }
+    if let Some(knobs::Value::Str(key)) = settings.get("api-key")
+        && let Some(why) = no_key(key)
+    {
+        findings.error(Code::Value, node.at, join(&path, "apiKey"), why);
     }
     let mut env = env(&entry.value, path.trim_end_matches(".worker"), findings);
     env.extend(self::env(node, &path, findings));
