@@ -277,6 +277,24 @@ mod tests {
         );
     }
 
+    /// Of two spellings of an id the later one counts; and many ids are no work to speak of.
+    #[test]
+    fn a_bias_for_every_token_of_a_large_vocabulary() {
+        let mut text =
+            String::from(r#"{"messages": [{"role": "user", "content": "x"}], "logit_bias": {"007": 5"#);
+        for id in (0..100_000).rev() {
+            text.push_str(&format!(r#","{id}": 1"#));
+        }
+        text.push_str(r#","07": 6}}"#);
+        let begun = std::time::Instant::now();
+        let request = ChatRequest::parse(text.as_bytes()).unwrap();
+        assert!(begun.elapsed().as_secs() < 10, "{:?}", begun.elapsed());
+        let bias = request.options.sampling.logit_bias;
+        assert_eq!(bias.len(), 100_000);
+        let expected = |id| if id == 7 { (7, 6.0) } else { (id, 1.0) };
+        assert!(bias.into_iter().eq((0..100_000).map(expected)));
+    }
+
     #[test]
     fn errors_name_field_and_value() {
         let tool = json!([{"type": "function", "function": {"name": "f"}}]);
@@ -300,6 +318,11 @@ mod tests {
             (json!({"logit_bias": {"x": 1}}), "logit_bias", "\"x\""),
             (json!({"logit_bias": {"5": 101}}), "logit_bias[\"5\"]", "101"),
             (json!({"logit_bias": [1]}), "logit_bias", "[1]"),
+            (
+                json!({"stop_token_ids": vec![1; 65]}),
+                "stop_token_ids",
+                "65 token ids; at most 64",
+            ),
             (json!({"seed": 1.5}), "seed", "1.5"),
             (json!({"n": 0}), "n", "got 0"),
             (json!({"n": 17}), "n", "17"),

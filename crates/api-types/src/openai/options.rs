@@ -1,5 +1,6 @@
 //! What chat completions and completions have in common.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -11,6 +12,8 @@ use crate::fields::{Fields, mismatch, whole};
 
 /// Most stop strings; OpenAI allows 4.
 const MAX_STOPS: usize = 16;
+/// Most stop tokens: each token of the reply is compared with them. Those that the model ends with need not be listed.
+const MAX_STOP_TOKENS: usize = 64;
 /// Most choices of one request.
 const MAX_N: i64 = 16;
 
@@ -34,7 +37,7 @@ pub struct Sampling {
     pub presence_penalty: Option<f32>,
     /// -2..=2.
     pub frequency_penalty: Option<f32>,
-    /// Token id and bias, -100..=100.
+    /// Token id and bias, -100..=100; each id once, in their order.
     pub logit_bias: Vec<(u32, f32)>,
     /// Any 64-bit number; negative ones as their bit pattern.
     pub seed: Option<u64>,
@@ -121,10 +124,7 @@ impl GenerationOptions {
             sampling,
             max_tokens,
             stop: stop(f.get("stop"))?,
-            stop_token_ids: match f.get("stop_token_ids") {
-                None => Vec::new(),
-                Some(v) => token_ids("stop_token_ids", v)?,
-            },
+            stop_token_ids: stop_token_ids(f.get("stop_token_ids"))?,
             timeout: f
                 .number("timeout", "of seconds from 0.001 to 1000000", |s| {
                     (0.001..=1e6).contains(&s)
@@ -154,6 +154,19 @@ pub(crate) fn token_ids(name: &str, value: &Value) -> Result<Vec<u32>, ApiError>
                 .ok_or_else(|| mismatch(&format!("{name}[{i}]"), "a token id", item))
         })
         .collect()
+}
+
+fn stop_token_ids(value: Option<&Value>) -> Result<Vec<u32>, ApiError> {
+    let Some(value) = value else {
+        return Ok(Vec::new());
+    };
+    if let Some(count) = value.as_array().map(Vec::len).filter(|n| *n > MAX_STOP_TOKENS) {
+        return Err(ApiError::invalid(
+            "stop_token_ids",
+            format!("has {count} token ids; at most {MAX_STOP_TOKENS} are allowed"),
+        ));
+    }
+    token_ids("stop_token_ids", value)
 }
 
 fn include_usage(value: Option<&Value>) -> Result<bool, ApiError> {
@@ -209,7 +222,7 @@ fn logit_bias(value: Option<&Value>) -> Result<Vec<(u32, f32)>, ApiError> {
             ));
         }
     };
-    let mut pairs = Vec::with_capacity(map.len());
+    let mut biases = BTreeMap::new();
     for (key, bias) in map {
         let id: u32 = key
             .trim()
@@ -225,8 +238,7 @@ fn logit_bias(value: Option<&Value>) -> Result<Vec<(u32, f32)>, ApiError> {
                 )
             })?;
         // "7" and "07" are the same token; the later one counts, as with a repeated key.
-        pairs.retain(|(known, _)| *known != id);
-        pairs.push((id, single(bias)));
+        biases.insert(id, single(bias));
     }
-    Ok(pairs)
+    Ok(biases.into_iter().collect())
 }
