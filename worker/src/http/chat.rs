@@ -12,7 +12,7 @@ use axum::response::Response;
 use bytes::BytesMut;
 use chat_format::{Delivery, Delta, OutputConfig, OutputParser, ParsedOutput};
 
-use super::choice::Choice;
+use super::choice::{Choice, PlacedLogprob};
 use super::errors::Failure;
 use super::metrics::Route;
 use super::prompt::{self, ChatPrompt};
@@ -113,13 +113,13 @@ impl Chunks for ChatStream {
         out: &mut BytesMut,
         index: usize,
         deltas: &mut Vec<Delta>,
-        logprobs: Vec<TokenLogprob>,
+        logprobs: Vec<PlacedLogprob>,
         end: Option<FinishReason>,
     ) {
         // They go with the first chunk that can carry them.
         let mut logprobs = self.wants_logprobs.then(|| {
             let mut content = self.unsent.get_mut(index).map(std::mem::take).unwrap_or_default();
-            content.extend(logprobs);
+            content.extend(logprobs.into_iter().map(|placed| placed.logprob));
             ChatLogprobs { content }
         });
         for delta in deltas.drain(..) {
@@ -181,12 +181,14 @@ impl Whole for ChatWhole {
         &mut self,
         index: usize,
         deltas: &mut Vec<Delta>,
-        logprobs: Vec<TokenLogprob>,
+        logprobs: Vec<PlacedLogprob>,
         end: Option<FinishReason>,
     ) {
         if let Some(choice) = self.choices.get_mut(index) {
             choice.deltas.append(deltas);
-            choice.logprobs.extend(logprobs);
+            choice
+                .logprobs
+                .extend(logprobs.into_iter().map(|placed| placed.logprob));
             choice.end = end;
         }
     }

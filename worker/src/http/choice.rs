@@ -9,6 +9,13 @@ use crate::text::{Detokenizer, TextTokenizer};
 /// Characters of text on each side of the place where a prompt parts from the cached one.
 const SHOWN: usize = 40;
 
+/// A token's log-probability and where in the reply's text the token begins.
+pub(super) struct PlacedLogprob {
+    pub(super) logprob: TokenLogprob,
+    /// Characters that were out before it. One of several tokens is out with the last of them.
+    pub(super) offset: usize,
+}
+
 /// A reply on its way.
 pub(super) struct Choice {
     tokenizer: TextTokenizer,
@@ -25,7 +32,9 @@ pub(super) struct Choice {
     cached_at_start: usize,
     completion_tokens: usize,
     /// Log-probabilities of tokens whose text has not been handed out.
-    logprobs: Vec<TokenLogprob>,
+    logprobs: Vec<PlacedLogprob>,
+    /// Characters that the detokeniser has given, stop strings or not.
+    characters: usize,
     has_calls: bool,
     ended: Option<FinishReason>,
     /// Reused: a token's text before and after the stop strings.
@@ -58,6 +67,7 @@ impl Choice {
             cached_at_start: 0,
             completion_tokens: 0,
             logprobs: Vec::new(),
+            characters: 0,
             has_calls: false,
             ended: None,
             raw: String::new(),
@@ -121,10 +131,14 @@ impl Choice {
             GenerationEvent::Token { id, logprob } => {
                 self.completion_tokens += 1;
                 if let Some(logprob) = logprob {
-                    self.logprobs.push(self.logprob(id, &logprob));
+                    self.logprobs.push(PlacedLogprob {
+                        logprob: self.logprob(id, &logprob),
+                        offset: self.characters,
+                    });
                 }
                 self.raw.clear();
                 self.detokenizer.push(id, &mut self.raw);
+                self.characters += self.raw.chars().count();
                 if self.show(deltas) {
                     self.end(backend::FinishReason::Stop, deltas);
                 }
@@ -169,7 +183,7 @@ impl Choice {
     }
 
     /// Log-probabilities that belong to the deltas given out last.
-    pub(super) fn take_logprobs(&mut self) -> Vec<TokenLogprob> {
+    pub(super) fn take_logprobs(&mut self) -> Vec<PlacedLogprob> {
         std::mem::take(&mut self.logprobs)
     }
 

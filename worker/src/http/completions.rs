@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use api_types::ApiError;
 use api_types::openai::{
-    Completion, CompletionChoice, CompletionChunks, CompletionLogprobs, FinishReason, TokenLogprob, Usage,
+    Completion, CompletionChoice, CompletionChunks, CompletionLogprobs, FinishReason, Usage,
 };
 use axum::extract::{Request, State};
 use axum::response::Response;
@@ -12,7 +12,7 @@ use bytes::BytesMut;
 use chat_format::Delta;
 use serde_json::Map;
 
-use super::choice::Choice;
+use super::choice::{Choice, PlacedLogprob};
 use super::errors::Failure;
 use super::metrics::Route;
 use super::prompt::{self, CompletionPrompt};
@@ -41,15 +41,14 @@ pub(super) async fn handle(
         .first()
         .is_some_and(|request| request.logprobs.is_some());
     let n = prompt.options.n;
-    let texts: Vec<Text> = (0..replies.len())
+    let echoes: Vec<String> = (0..replies.len())
         .map(|index| {
-            let echo = prompt
+            prompt
                 .echo
                 .as_ref()
                 .and_then(|texts| texts.get(index / n))
                 .cloned()
-                .unwrap_or_default();
-            Text { echo, characters: 0 }
+                .unwrap_or_default()
         })
         .collect();
     let run = Run::new(&service, account, &id, replies, &prompt.options);
@@ -61,18 +60,18 @@ pub(super) async fn handle(
             CompletionStream {
                 chunks,
                 wants_logprobs,
-                texts,
+                echoes,
             },
             prompt.clamped,
         )
         .await
     } else {
-        let choices = texts
+        let choices = echoes
             .into_iter()
             .enumerate()
             .map(|(index, text)| CompletionChoice {
                 index,
-                text: text.echo,
+                text,
                 logprobs: wants_logprobs.then(CompletionLogprobs::default),
                 finish_reason: FinishReason::Stop,
             })
@@ -105,18 +104,11 @@ fn submit(service: &Service, prompt: &CompletionPrompt) -> Result<Vec<(Choice, G
     Ok(generations.into_iter().zip(prompts).map(choice).collect())
 }
 
-/// One choice's text so far.
-struct Text {
-    /// The prompt's text, when it is to be repeated and has not been yet.
-    echo: String,
-    /// Characters of the tokens so far, for `text_offset`.
-    characters: usize,
-}
-
 struct CompletionStream {
     chunks: CompletionChunks,
     wants_logprobs: bool,
-    texts: Vec<Text>,
+    /// Of each choice: the prompt's text, when it is to be repeated and has not been yet.
+    echoes: Vec<String>,
 }
 
 impl Chunks for CompletionStream {
@@ -127,13 +119,13 @@ impl Chunks for CompletionStream {
         out: &mut BytesMut,
         index: usize,
         deltas: &mut Vec<Delta>,
-        logprobs: Vec<TokenLogprob>,
+        logprobs: Vec<PlacedLogprob>,
         end: Option<FinishReason>,
     ) {
-        let Some(state) = self.texts.get_mut(index) else {
+        let Some(echo) = self.echoes.get_mut(index) else {
             return;
         };
-        let mut text = std::mem::take(&mut state.echo);
+        let mut text = std::mem::take(echo);
         for delta in deltas.drain(..) {
             if let Delta::Content(piece) = delta {
                 text.push_str(&piece);
@@ -141,7 +133,7 @@ impl Chunks for CompletionStream {
         }
         let logprobs = self.wants_logprobs.then(|| {
             let mut columns = CompletionLogprobs::default();
-            append_logprobs(&mut columns, &mut state.characters, logprobs);
+            append_logprobs(&mut columns, logprobs);
             columns
         });
         self.chunks.text(out, index, &text, logprobs.as_ref(), end);
@@ -163,7 +155,7 @@ impl Whole for CompletionWhole {
         &mut self,
         index: usize,
         deltas: &mut Vec<Delta>,
-        logprobs: Vec<TokenLogprob>,
+        logprobs: Vec<PlacedLogprob>,
         end: Option<FinishReason>,
     ) {
         let Some(choice) = self.reply.choices.get_mut(index) else {
@@ -175,9 +167,7 @@ impl Whole for CompletionWhole {
             }
         }
         if let Some(columns) = &mut choice.logprobs {
-            let last = columns.tokens.last().map_or(0, |token| token.chars().count());
-            let mut characters = columns.text_offset.last().map_or(0, |offset| offset + last);
-            append_logprobs(columns, &mut characters, logprobs);
+            append_logprobs(columns, logprobs);
         }
         if let Some(reason) = end {
             choice.finish_reason = reason;
@@ -191,8 +181,8 @@ impl Whole for CompletionWhole {
 }
 
 /// Rows to columns.
-fn append_logprobs(columns: &mut CompletionLogprobs, characters: &mut usize, rows: Vec<TokenLogprob>) {
-    for row in rows {
+fn append_logprobs(columns: &mut CompletionLogprobs, rows: Vec<PlacedLogprob>) {
+    for PlacedLogprob { logprob: row, offset } in rows {
         let top: Map<_, _> = row
             .top_logprobs
             .into_iter()
@@ -200,8 +190,7 @@ fn append_logprobs(columns: &mut CompletionLogprobs, characters: &mut usize, row
             .collect();
         columns.top_logprobs.push(top);
         columns.token_logprobs.push(row.logprob);
-        columns.text_offset.push(*characters);
-        *characters += row.token.chars().count();
+        columns.text_offset.push(offset);
         columns.tokens.push(row.token);
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use api_types::ApiError;
-use api_types::openai::{FinishReason, TokenLogprob, Usage};
+use api_types::openai::{FinishReason, Usage};
 use api_types::sse;
 use axum::body::Body;
 use axum::response::Response;
@@ -13,6 +13,7 @@ use futures_util::stream;
 use http::{HeaderMap, HeaderValue, header};
 use serde::Serialize;
 
+use super::choice::PlacedLogprob;
 use super::prompt::Clamped;
 use super::run::{Run, Step};
 use super::service::Service;
@@ -32,7 +33,7 @@ pub(super) trait Chunks: Send + 'static {
         out: &mut BytesMut,
         index: usize,
         deltas: &mut Vec<Delta>,
-        logprobs: Vec<TokenLogprob>,
+        logprobs: Vec<PlacedLogprob>,
         end: Option<FinishReason>,
     );
     /// After the last one.
@@ -47,7 +48,7 @@ pub(super) trait Whole {
         &mut self,
         index: usize,
         deltas: &mut Vec<Delta>,
-        logprobs: Vec<TokenLogprob>,
+        logprobs: Vec<PlacedLogprob>,
         end: Option<FinishReason>,
     );
     /// Everything has ended.

@@ -90,3 +90,38 @@ async fn logprobs_are_columns() {
                "top_logprobs": [{"a": -0.5}, {"c": -0.75}], "text_offset": [0, 1]})
     );
 }
+
+/// A character of several tokens comes out with the last of them: until then the text has not got any longer.
+#[tokio::test]
+async fn a_character_of_several_tokens_has_one_place() {
+    let pieces = ["a", "🦀", "b", "é🦀", "c"].map(|text| tokenizer().encode(text, false).unwrap());
+    assert!(pieces[1].len() > 1, "{pieces:?}");
+    // "é" is one token or two, and complete with its last.
+    let accent = tokenizer().encode("é", false).unwrap().len();
+    let mut expected = vec![0];
+    expected.extend(vec![1; pieces[1].len()]);
+    expected.push(2);
+    expected.extend(vec![3; accent]);
+    expected.extend(vec![4; pieces[3].len() - accent]);
+    expected.push(5);
+    let server = start(move |_| {
+        let ids = pieces.iter().flatten();
+        length(ids.map(|id| Act::TokenWithLogprob(*id, -0.5, vec![])).collect())
+    })
+    .await;
+    let body = json!({"prompt": "x", "logprobs": 0});
+    let choice = server.post(PATH, &body).await.json()["choices"][0].clone();
+    assert_eq!(choice["text"], "a🦀bé🦀c");
+    assert_eq!(choice["logprobs"]["text_offset"], json!(expected));
+    let chunks = server.stream(PATH, body).await.chunks();
+    let streamed: Vec<_> = chunks
+        .iter()
+        .flat_map(|chunk| {
+            chunk["choices"][0]["logprobs"]["text_offset"]
+                .as_array()
+                .unwrap()
+                .clone()
+        })
+        .collect();
+    assert_eq!(json!(streamed), json!(expected));
+}
