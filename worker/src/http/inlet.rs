@@ -121,18 +121,19 @@ impl Inlet {
         self.state.lock().channels.fill_with(|| None);
     }
 
-    /// Ends the request at once, whether or not anybody reads.
-    pub(super) fn cut(&self, cut: Cut) {
+    /// Ends the request at once, whether or not anybody reads. False: there was nothing left to end.
+    pub(super) fn cut(&self, cut: Cut) -> bool {
         let mut state = self.state.lock();
         // A reply that is complete stays so.
         if state.channels.iter().all(Option::is_none) {
-            return;
+            return false;
         }
         state.channels.fill_with(|| None);
         state.cut.get_or_insert(cut);
         if let Some(reader) = state.reader.take() {
             reader.wake();
         }
+        true
     }
 
     /// Ends the request when a limit is reached. Returns when there is nothing left to watch.
@@ -145,7 +146,8 @@ impl Inlet {
             let overdue = self.state.lock().overdue(limits, stepped);
             if let Some(error) = overdue {
                 let outcome = Outcome::ServerError;
-                return self.cut(Cut { error, outcome });
+                self.cut(Cut { error, outcome });
+                return;
             }
         }
     }

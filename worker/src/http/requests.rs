@@ -71,20 +71,23 @@ impl Requests {
             .collect()
     }
 
-    /// Whether there was one of that id.
+    /// Whether there was one of that id that could still be ended. One whose reply is complete, and only waits for its client to
+    /// read it, cannot.
     fn cancel(&self, id: &str) -> bool {
-        let Some(entry) = self.by_id.lock().remove(id) else {
+        let mut by_id = self.by_id.lock();
+        let Some(entry) = by_id.get(id) else {
             return false;
         };
         let error = ApiError {
             status: 409,
             ..ApiError::bad_request(format!("request {id} was cancelled")).with_code("request_cancelled")
         };
-        entry.inlet.cut(Cut {
-            error,
-            outcome: Outcome::Cancelled,
-        });
-        true
+        let outcome = Outcome::Cancelled;
+        let cut = entry.inlet.cut(Cut { error, outcome });
+        if cut {
+            by_id.remove(id);
+        }
+        cut
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt as _;
 use mlxworker::backend::GenerateRequest;
-use mlxworker::backend::scripted::{Act, Ending, Plan};
+use mlxworker::backend::scripted::{Act, Ending, Plan, ScriptedBackend};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -197,6 +197,32 @@ async fn a_client_that_stands_still_does_not_keep_a_cancelled_request_running() 
     cancelled(&server.backend.endings(1).await[0].1);
     assert_eq!(server.send(server.request("DELETE", &path, "")).await.status, 404);
     drop(socket);
+    server.service.idle().await;
+}
+
+/// A reply that is complete, and only waits for its client to read it, is not to be cancelled any more.
+#[tokio::test]
+async fn what_is_complete_is_not_said_to_be_cancelled() {
+    // The prompt's text comes with the reply's end in one piece, which is more than the connection's buffers hold.
+    let prompt = vec![tokenizer().token_id("additionalProperties").unwrap(); 1 << 20];
+    let backend = ScriptedBackend::new(2 << 20, VOCABULARY, |_| stop(vec![]));
+    let server = start_on(backend, |_| {}).await;
+    let body = json!({"prompt": prompt, "echo": true, "stream": true});
+    let mut open = server.open("/v1/completions", &body).await;
+    server.backend.endings(1).await;
+    let list = server.get("/status").await.json()["requests"]["list"].clone();
+    let id = list[0]["id"].as_str().unwrap();
+    let reply = server
+        .send(server.request("DELETE", &format!("/v1/requests/{id}"), ""))
+        .await;
+    assert_eq!(
+        (reply.status, reply.json()["error"]["code"].as_str()),
+        (404, Some("request_not_found"))
+    );
+    while let Some(piece) = open.next().await {
+        piece.unwrap();
+    }
+    assert!(open.raw.ends_with(b"data: [DONE]\n\n"));
     server.service.idle().await;
 }
 
