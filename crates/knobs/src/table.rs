@@ -137,7 +137,7 @@ knob_table! {
         group: Group::Server, kind: Kind::Str,
         reason: "a client that names the model as it was started must find it",
     }
-    /// Key that requests must carry, as `Authorization: Bearer` or `x-api-key`.
+    /// Key that requests must carry, as `Authorization: Bearer` or `x-api-key`. swapd shows it to a worker that it starts with one.
     api_key: Option<String> = "api-key" {
         group: Group::Server, kind: Kind::Str, secret: true,
         reason: "on loopback behind swapd, keys are checked by swapd",
@@ -187,7 +187,8 @@ knob_table! {
     /// Force the end of reasoning after this many tokens.
     default_thinking_token_budget: Option<u64> = "default-thinking-token-budget" {
         group: Group::Lengths, kind: COUNT, unit: "tokens",
-        effect: Effect::AcceptedOnly("it comes with constrained generation"),
+        effect: Effect::Refused("the length of the reasoning cannot be limited by itself; --default-chat-template-kwargs \
+                                 {\"enable_thinking\": false} turns it off, --max-tokens limits all of the reply"),
     }
 
     /// Temperature when the request does not say. Unset: the model's generation_config.json, else 0.7.

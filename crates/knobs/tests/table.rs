@@ -204,12 +204,18 @@ fn errors_name_flag_value_and_range() {
 /// What cannot be had stops the start; asking for what happens anyway does not.
 #[test]
 fn a_knob_that_cannot_be_had_is_refused_and_not_ignored() {
-    let error = parse_args(&args("m --max-kv-size 4096")).unwrap_err();
-    assert!(matches!(error, KnobError::Refused { .. }), "{error:?}");
-    assert!(
-        error.to_string().contains("is refused") && error.to_string().contains("--context-length"),
-        "{error}"
-    );
+    for (flag, instead) in [
+        ("--max-kv-size 4096", "--context-length"),
+        ("--default-thinking-token-budget 512", "enable_thinking"),
+    ] {
+        let error = parse_args(&args(&format!("m {flag}"))).expect_err(flag);
+        assert!(matches!(error, KnobError::Refused { .. }), "{error:?}");
+        let message = error.to_string();
+        assert!(
+            message.contains("is refused") && message.contains(instead),
+            "{message}"
+        );
+    }
 }
 
 #[test]
