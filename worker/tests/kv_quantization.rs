@@ -1,5 +1,5 @@
 //! A KV cache in fewer bits, on MLX: what it takes, what it changes, how it is reported and refused. That replies do not
-//! depend on blocks, chunks or company is tested with the engine (`engine.rs`), the flags with the program (`serve.rs`).
+//! depend on blocks, chunks or company is tested with the engine (`engine.rs`), the flags with the program (`serve`).
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
