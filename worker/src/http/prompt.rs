@@ -53,6 +53,12 @@ pub(super) struct Clamped {
     pub(super) allowed: usize,
 }
 
+impl std::fmt::Display for Clamped {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "asked={}, allowed={}", self.asked, self.allowed)
+    }
+}
+
 /// A prompt whose reply may have to be of a form.
 pub(super) trait Formed {
     fn options(&self) -> &GenerationOptions;

@@ -109,6 +109,11 @@ pub(super) async fn streamed<C: Chunks>(
     };
     let first = writer.run.step(service.config.keep_alive).await?;
     writer.out.reserve(FIRST_BUFFER);
+    if let Some(clamped) = clamped {
+        // Whoever passes the stream on may have sent a head of its own already, where no header of this one shows.
+        let comment = format!(": max_tokens clamped: {clamped}\n\n");
+        writer.out.put_slice(comment.as_bytes());
+    }
     let choices = writer.run.choices.len();
     writer.chunks.open(&mut writer.out, choices);
     writer.write(first);
@@ -129,8 +134,8 @@ pub(super) async fn streamed<C: Chunks>(
 
 /// Says that a reply may be shorter than what was asked for.
 fn note_clamped(headers: &mut HeaderMap, clamped: Option<Clamped>) {
-    if let Some(Clamped { asked, allowed }) = clamped
-        && let Ok(value) = HeaderValue::from_str(&format!("asked={asked}, allowed={allowed}"))
+    if let Some(clamped) = clamped
+        && let Ok(value) = HeaderValue::from_str(&clamped.to_string())
     {
         headers.insert("x-max-tokens-clamped", value);
     }

@@ -282,6 +282,16 @@ async fn length_is_told_and_wishes_are_clamped_aloud() {
     let reply = server.chat(json!({"max_completion_tokens": 7})).await;
     assert!(!reply.headers.contains_key("x-max-tokens-clamped"));
     assert_eq!(server.backend.requests()[1].max_tokens, 7);
+    // A proxy that has begun the reply itself passes on the body only.
+    let comment = ": max_tokens clamped: asked=5000, allowed=200\n\n";
+    let stream = server.chat_stream(json!({"max_tokens": 5000})).await;
+    assert!(stream.raw.starts_with(comment), "{}", stream.raw);
+    assert_eq!(stream.joined(0, "content"), "and so on");
+    let body = json!({"prompt": "x", "max_tokens": 5000});
+    let stream = server.stream("/v1/completions", body).await;
+    assert!(stream.raw.starts_with(comment), "{}", stream.raw);
+    let stream = server.chat_stream(json!({"max_tokens": 7})).await;
+    assert!(!stream.raw.contains("clamped"), "{}", stream.raw);
 }
 
 /// What the KV cache has no room for is no part of what may be asked for, whatever the model's context length.
