@@ -141,20 +141,34 @@ async fn other_header_lines_are_for_the_model() {
     assert!(prompt.contains(system), "{prompt}");
 }
 
-/// The template brings what special tokens there are; a tokenizer that adds one of its own must not do so here.
+/// The template brings what special tokens there are; a tokenizer that adds one of its own must not do so here. A completion
+/// has no template.
 #[tokio::test]
 async fn special_tokens_come_once() {
-    let server = start(|_| stop(say("ok"))).await;
+    let first = "<|endoftext|>";
+    let tokenizer = beginning_with(first);
+    let first = tokenizer.token_id(first).unwrap();
+    let start_of_message = tokenizer.token_id("<|im_start|>").unwrap();
+    let server = start_tokenizing(tokenizer, |_| stop(say("ok"))).await;
     server.chat(json!({})).await;
-    let prompt = &server.backend.requests()[0].prompt;
-    let start_of_message = tokenizer().encode("<|im_start|>", false).unwrap();
-    assert_eq!(start_of_message.len(), 1);
+    server
+        .post("/v1/completions", &json!({"prompt": "Once upon"}))
+        .await;
+    let [chat, completion] = &server.backend.requests()[..] else {
+        panic!("two requests");
+    };
     assert_eq!(
-        prompt.iter().filter(|id| **id == start_of_message[0]).count(),
+        chat.prompt.iter().filter(|id| **id == start_of_message).count(),
         2,
         "the user's and the reply's"
     );
-    assert_eq!(prompt[0], start_of_message[0]);
+    assert_eq!(chat.prompt[0], start_of_message);
+    assert!(!chat.prompt.contains(&first), "{:?}", chat.prompt);
+    let said = say("Once upon");
+    assert_eq!(
+        (completion.prompt[0], completion.prompt.len()),
+        (first, 1 + said.len())
+    );
 }
 
 /// A request with a bias, a constraint on repetition or a seed after a plain one loses none of them, and leaves none.

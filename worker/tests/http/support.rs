@@ -16,7 +16,7 @@ use mlxworker::backend::scripted::{Act, Plan, Script, ScriptedBackend};
 use mlxworker::backend::{Backend, FinishReason, GenerateRequest};
 use mlxworker::http::{ChatFormat, HttpConfig, Service, ServiceParts, router};
 use mlxworker::text::TextTokenizer;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 
 pub(crate) const MODEL: &str = "demo";
@@ -32,6 +32,28 @@ pub(crate) fn tokenizer() -> TextTokenizer {
     SHARED
         .get_or_init(|| TextTokenizer::load(&model_folder()).unwrap())
         .clone()
+}
+
+/// The demonstration model's tokenizer, were it one that begins every sequence with this token.
+pub(crate) fn beginning_with(token: &str) -> TextTokenizer {
+    let text = std::fs::read_to_string(model_folder().join("tokenizer.json")).unwrap();
+    let mut file: Value = serde_json::from_str(&text).unwrap();
+    let id = tokenizer().token_id(token).unwrap();
+    let (first, text) = (
+        json!({"SpecialToken": {"id": token, "type_id": 0}}),
+        |id: &str| json!({"Sequence": {"id": id, "type_id": 0}}),
+    );
+    file["post_processor"] = json!({
+        "type": "TemplateProcessing",
+        "single": [first, text("A")],
+        "pair": [first, text("A"), text("B")],
+        "special_tokens": {token: {"id": token, "ids": [id], "tokens": [token]}},
+    });
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), file.to_string()).unwrap();
+    let found = TextTokenizer::load(folder.path()).unwrap();
+    assert_eq!(found.encode("", true).unwrap(), [id]);
+    found
 }
 
 /// The tokens of a text, as a model would write it.
@@ -90,26 +112,40 @@ pub(crate) async fn start_chat(
     chat: Option<ChatFormat>,
     planner: impl Fn(&GenerateRequest) -> Plan + Send + Sync + 'static,
 ) -> Server {
-    start_all(ScriptedBackend::new(CONTEXT, VOCABULARY, planner), |_| {}, chat).await
+    let backend = ScriptedBackend::new(CONTEXT, VOCABULARY, planner);
+    start_all(backend, |_| {}, chat, tokenizer()).await
 }
 
-pub(crate) async fn start_on<B: Backend>(backend: B, configure: impl FnOnce(&mut HttpConfig)) -> Server<B> {
+/// With another tokenizer than the demonstration model's.
+pub(crate) async fn start_tokenizing(
+    tokenizer: TextTokenizer,
+    planner: impl Fn(&GenerateRequest) -> Plan + Send + Sync + 'static,
+) -> Server {
+    let backend = ScriptedBackend::new(CONTEXT, VOCABULARY, planner);
+    start_all(backend, |_| {}, Some(demo_chat()), tokenizer).await
+}
+
+fn demo_chat() -> ChatFormat {
     let template = ChatTemplate::from_dir(&model_folder()).unwrap();
-    let chat = ChatFormat {
+    ChatFormat {
         tool_format: template.tool_format(),
         template,
         unknown_tools: None,
         reasoning: ReasoningFormat::Auto,
         auto_tools: true,
         template_kwargs: serde_json::Map::new(),
-    };
-    start_all(backend, configure, Some(chat)).await
+    }
+}
+
+pub(crate) async fn start_on<B: Backend>(backend: B, configure: impl FnOnce(&mut HttpConfig)) -> Server<B> {
+    start_all(backend, configure, Some(demo_chat()), tokenizer()).await
 }
 
 async fn start_all<B: Backend>(
     backend: B,
     configure: impl FnOnce(&mut HttpConfig),
     chat: Option<ChatFormat>,
+    tokenizer: TextTokenizer,
 ) -> Server<B> {
     let backend = Arc::new(backend);
     let mut config = HttpConfig {
@@ -122,7 +158,7 @@ async fn start_all<B: Backend>(
     configure(&mut config);
     let service = Service::new(ServiceParts {
         config,
-        tokenizer: tokenizer(),
+        tokenizer,
         chat,
         backend: Arc::clone(&backend) as Arc<dyn Backend>,
     });
@@ -244,7 +280,7 @@ impl<B> Server<B> {
 }
 
 pub(crate) fn with_message(extra: Value) -> Value {
-    let mut body = serde_json::json!({"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]});
+    let mut body = json!({"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]});
     for (key, value) in extra.as_object().unwrap() {
         body[key] = value.clone();
     }
