@@ -176,7 +176,10 @@ mod tests {
         let text: Vec<u8> = written.iter().flatten().collect();
         let text = String::from_utf8(text).unwrap();
         assert_eq!(text.lines().filter(|l| *l == "line").count(), 1 + QUEUE);
-        assert!(text.contains(&format!("({} log lines dropped", 2 * QUEUE)), "{text}");
+        assert!(
+            text.contains(&format!("({} log lines dropped", 2 * QUEUE)),
+            "{text}"
+        );
     }
 
     #[tokio::test]

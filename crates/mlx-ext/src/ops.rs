@@ -205,7 +205,11 @@ mod tests {
             async_eval([&tokens, &told]).unwrap();
             let mut long = busy.clone();
             for _ in 0..3 {
-                long = long.matmul(&busy).unwrap().multiply(Array::from_f32(1e-3)).unwrap();
+                long = long
+                    .matmul(&busy)
+                    .unwrap()
+                    .multiply(Array::from_f32(1e-3))
+                    .unwrap();
             }
             async_eval([&long]).unwrap();
             let late = table.take_axis(&tokens, 0).unwrap();
