@@ -130,8 +130,9 @@ pub struct StepShape {
     pub element_bytes: usize,
     /// Attention is one operation that never writes its scores to memory (Metal and CUDA).
     pub fused_attention: bool,
-    /// Elements of the keys, and as many of the values, that one layer expands for a step from a quantised KV cache.
-    pub expanded: u64,
+    /// Elements of keys and values that one layer copies out of the KV cache for a step, because they lie in several places or
+    /// are quantised.
+    pub gathered: u64,
 }
 
 impl StepShape {
@@ -157,13 +158,12 @@ impl StepShape {
             self.pairs
                 .saturating_mul(product(&[self.heads, self.element_bytes, 2]))
         };
-        // Keys and values, and as much again for what they are made of.
-        let expanded = self.expanded.saturating_mul(product(&[self.element_bytes, 4]));
+        let gathered = self.gathered.saturating_mul(self.element_bytes as u64);
         // Logits in single precision, with bias and penalties, sorted for top-p, and as probabilities; the prompt's too.
         let logits = product(&[self.rows.saturating_add(1), self.vocabulary, size_of::<f32>(), 4]);
         layer
             .saturating_add(scores)
-            .saturating_add(expanded)
+            .saturating_add(gathered)
             .saturating_add(logits)
     }
 }
@@ -253,12 +253,7 @@ impl MemoryPlan {
         let block_bytes = facts
             .kv_bytes_per_token
             .saturating_mul(wishes.block_size.max(1) as u64);
-        let wished = wishes.kv_bytes.unwrap_or_else(|| default_kv(facts, wishes));
-        // A model without keys and values needs no memory for any number of blocks.
-        let blocks = wished.checked_div(block_bytes).unwrap_or(u64::from(u32::MAX));
-        let kv_blocks = usize::try_from(blocks)
-            .unwrap_or(usize::MAX)
-            .min(wishes.max_blocks.unwrap_or(usize::MAX));
+        let kv_blocks = wished_blocks(facts, wishes);
         let mut plan = Self {
             facts: *facts,
             wishes: *wishes,
@@ -442,6 +437,19 @@ impl fmt::Display for DoesNotFit {
 }
 
 impl std::error::Error for DoesNotFit {}
+
+/// Blocks of the KV cache that is asked for.
+pub(super) fn wished_blocks(facts: &MemoryFacts, wishes: &MemoryWishes) -> usize {
+    let block_bytes = facts
+        .kv_bytes_per_token
+        .saturating_mul(wishes.block_size.max(1) as u64);
+    let wished = wishes.kv_bytes.unwrap_or_else(|| default_kv(facts, wishes));
+    // A model without keys and values needs no memory for any number of blocks.
+    let blocks = wished.checked_div(block_bytes).unwrap_or(u64::from(u32::MAX));
+    usize::try_from(blocks)
+        .unwrap_or(usize::MAX)
+        .min(wishes.max_blocks.unwrap_or(usize::MAX))
+}
 
 fn default_kv(facts: &MemoryFacts, wishes: &MemoryWishes) -> u64 {
     let contexts = facts

@@ -50,7 +50,7 @@ const LOOK_LIMIT: Duration = Duration::from_secs(30);
 const IDLE_TURN: Duration = Duration::from_millis(500);
 
 /// Loads the model, says so through `ready`, then serves until told to stop. Whatever goes wrong for good ends in
-/// [`EngineState::Dead`]; the model and everything else of MLX are gone by then.
+/// [`EngineState::Dead`].
 pub(super) fn thread(
     config: EngineConfig,
     counters: &Arc<Counters>,
@@ -67,7 +67,10 @@ pub(super) fn thread(
     }));
     let reason = match started {
         Ok(Ok((engine, info))) => match ready.send(Ok(info)) {
-            Ok(()) => engine.serve(),
+            Ok(()) => {
+                engine.serve(state);
+                return;
+            }
             Err(_) => "nobody waited for it".to_owned(),
         },
         Ok(Err(error)) => {
@@ -81,6 +84,10 @@ pub(super) fn thread(
             reason
         }
     };
+    dead(state, reason);
+}
+
+fn dead(state: &watch::Sender<EngineState>, reason: String) {
     tracing::debug!(reason, "engine thread ends");
     state.send_replace(EngineState::Dead(reason));
 }
@@ -135,19 +142,25 @@ impl<'a> Loop<'a> {
         }
     }
 
-    /// Runs until told to stop, or until MLX gives up; tells every client, and returns why it ended.
-    fn serve(mut self) -> String {
+    /// Runs until told to stop, or until MLX gives up; tells every client, and then through `state` why it ended.
+    fn serve(mut self, state: &watch::Sender<EngineState>) {
         // A panic would otherwise leave clients waiting for a thread that is gone.
-        let (error, reason) = match catch_unwind(AssertUnwindSafe(|| self.run())) {
-            Ok(Ok(())) => (EngineError::Stopped, "stopped".to_owned()),
-            Ok(Err(Broken(reason))) => (EngineError::Dead(reason.clone()), reason),
-            Err(panic) => {
-                let reason = format!("panic: {}", panic_message(panic.as_ref()));
-                (EngineError::Dead(reason.clone()), reason)
+        let reason = match catch_unwind(AssertUnwindSafe(|| self.run())) {
+            Ok(Ok(())) => {
+                self.stepper.clear();
+                self.fail_all(&EngineError::Stopped);
+                drop(self);
+                dead(state, "stopped".to_owned());
+                return;
             }
+            Ok(Err(Broken(reason))) => reason,
+            Err(panic) => format!("panic: {}", panic_message(panic.as_ref())),
         };
-        self.fail_all(&error);
-        reason
+        self.fail_all(&EngineError::Dead(reason.clone()));
+        dead(state, reason);
+        // On a device that has failed for good, giving an array back fails too, and MLX ends the process for that before anybody
+        // has said why. It ends anyway.
+        std::mem::forget(self);
     }
 
     fn run(&mut self) -> Result<(), Broken> {
@@ -447,14 +460,17 @@ impl<'a> Loop<'a> {
     /// Ends the sequences whose part of a step could not be built, and those that share what it should have written.
     fn fail(&mut self, rows: &[SeqId], error: &Exception) -> Result<(), Broken> {
         let gone = self.scheduler.fail(rows);
-        self.answer(gone, error)
+        self.answer(gone, error);
+        self.probe(error)
     }
 
     /// The device failed: ends all that runs, since none of it can be told apart from what failed.
     fn fail_running(&mut self, error: &Exception) -> Result<(), Broken> {
         let gone = self.scheduler.fail_running();
-        self.stepper.abandon();
-        self.answer(gone, error)?;
+        self.answer(gone, error);
+        self.stepper.outlast();
+        self.probe(error)?;
+        self.stepper.clear();
         // A device that adds two numbers may still have nothing to read its weights from, and would fail with every request.
         match weights::lost(&self.weight_files, LOOK_LIMIT) {
             None => Ok(()),
@@ -465,21 +481,24 @@ impl<'a> Loop<'a> {
         }
     }
 
-    /// Tells the readers of sequences that are gone. When MLX cannot even add two numbers any more, the engine is done for.
-    fn answer(&mut self, gone: Vec<SeqId>, error: &Exception) -> Result<(), Broken> {
+    /// Tells the readers of sequences that are gone.
+    fn answer(&mut self, gone: Vec<SeqId>, error: &Exception) {
         tracing::error!(error = error.what(), requests = gone.len(), "a step failed");
         for id in gone {
             if let Some(sequence) = self.sequences.remove(&id) {
                 sequence.fail(EngineError::Step(error.what().to_owned()));
             }
         }
+    }
+
+    /// When MLX cannot even add two numbers any more, the engine is done for.
+    fn probe(&self, error: &Exception) -> Result<(), Broken> {
         self.stepper
             .probe()
             .map_err(|second| Broken(format!("{}; and then: {}", error.what(), second.what())))
     }
 
     fn fail_all(&mut self, error: &EngineError) {
-        self.stepper.clear();
         while let Ok(command) = self.inbox.try_recv() {
             self.take(command);
         }

@@ -96,10 +96,12 @@ impl Draw {
     /// All arrays, to be evaluated together.
     pub(super) fn arrays(&self) -> impl Iterator<Item = &Array> {
         let logprobs = self.logprobs.iter().flatten();
-        [&self.tokens, &self.told].into_iter().chain(logprobs.flat_map(|logprobs| {
-            let top = logprobs.top.iter();
-            std::iter::once(&logprobs.own).chain(top.flat_map(|(ids, values)| [ids, values]))
-        }))
+        [&self.tokens, &self.told]
+            .into_iter()
+            .chain(logprobs.flat_map(|logprobs| {
+                let top = logprobs.top.iter();
+                std::iter::once(&logprobs.own).chain(top.flat_map(|(ids, values)| [ids, values]))
+            }))
     }
 
     /// Waits for the tokens.

@@ -6,7 +6,9 @@ use kv_cache::{BlockId, CacheConfig, KvQuantization, SeqId};
 use mlx_rs::error::Exception;
 use scheduler::Scheduler;
 
-use super::memory::{DeviceFacts, DeviceKind, MemoryFacts, MemoryPlan, MemoryWishes, StepShape};
+use super::memory::{
+    DeviceFacts, DeviceKind, MemoryFacts, MemoryPlan, MemoryWishes, StepShape, wished_blocks,
+};
 use super::sampler::Sampler;
 use super::stepper::{DecodeRow, FirstDraw, Stepper};
 use super::{AttentionChoice, Dequantize, EngineConfig, StartError, device, limits};
@@ -48,7 +50,12 @@ impl<'a> Steps<'a> {
 
     /// One more has ended.
     fn next(&mut self) {
-        self.done = (self.done + 1).min(self.total);
+        self.reach(self.done + 1);
+    }
+
+    /// So many have ended, or are not to be done.
+    fn reach(&mut self, done: u64) {
+        self.done = done.min(self.total);
         self.report();
     }
 
@@ -109,16 +116,25 @@ pub(super) fn start(
         block_size: config.block_size,
         buffer_cache_bytes: config.buffer_cache_bytes as u64,
     };
-    let shape = step_shape(&config, &model_config, &device, context_length);
+    let mut shape = step_shape(&config, &model_config, &device, context_length);
     let kv_shape = crate::model::kv_shape(&model_config, weights.element_bytes, config.kv_quantization);
     let mut facts = MemoryFacts {
         device,
         weight_bytes: weights.bytes,
         kv_bytes_per_token: kv_shape.bytes_per_token(),
         kv_quantization: config.kv_quantization,
-        step_bytes: shape.estimate(),
+        step_bytes: 0,
         context_length,
     };
+    let gathered = gathered(&model_config, &facts, &wishes);
+    // Elsewhere kernels may decode, which copy nothing.
+    let always = device.kind == DeviceKind::Cpu
+        || config.attention == AttentionChoice::Reference
+        || config.kv_quantization.is_some();
+    if always {
+        shape.gathered = gathered;
+    }
+    facts.step_bytes = shape.estimate();
     let plan = MemoryPlan::new(&facts, &wishes)?;
     device::apply(&plan).map_err(warm_up_error)?;
 
@@ -145,7 +161,7 @@ pub(super) fn start(
     let storage = model.storage();
     let weight_files = model.device_reads().to_vec();
     let tokens = plan.kv_tokens().min(context_length);
-    let mut steps = Steps::new(progress, warm_steps(&config, tokens));
+    let mut steps = Steps::new(progress, Model::KERNEL_PIECES + warm_steps(&config, tokens));
     let kernel_rows = (config.attention != AttentionChoice::Reference).then_some(config.max_running);
     let (mut stepper, kernels) = Stepper::new(
         model,
@@ -153,24 +169,26 @@ pub(super) fn start(
         config.block_size,
         config.kv_quantization,
         kernel_rows,
+        &mut || steps.next(),
     )
     .map_err(warm_up_error)?;
     if config.attention == AttentionChoice::Kernel && kernels.path != "kernels" {
         return Err(StartError::Attention(kernels.reason));
     }
-    steps.next();
+    steps.reach(Model::KERNEL_PIECES as u64);
+    if kernels.path != "kernels" {
+        shape.gathered = gathered;
+        facts.step_bytes = shape.estimate();
+    }
     let before = mlx_rs::memory::active_memory().map_err(warm_up_error)?;
     mlx_rs::memory::reset_peak_memory().map_err(warm_up_error)?;
     warm_up(&mut stepper, &config, tokens, shape.fused_attention, &mut steps).map_err(warm_up_error)?;
     let peak = mlx_rs::memory::peak_memory().map_err(warm_up_error)?;
-    // Attention that writes its scores out is not driven to its longest context here, which could take minutes, nor any to
-    // very many rows.
+    // Attention that writes its scores out is not driven to its longest context here, which could take minutes, nor are very
+    // many rows, nor rows with contexts of their own to gather.
     let seen = peak.saturating_sub(before) as u64;
-    let largest = if shape.fused_attention && config.max_running <= MOST_WARM_ROWS {
-        seen
-    } else {
-        seen.max(shape.estimate())
-    };
+    let whole = shape.fused_attention && config.max_running <= MOST_WARM_ROWS && shape.gathered == 0;
+    let largest = if whole { seen } else { seen.max(shape.estimate()) };
     // Kept buffers serve the next steps: what several of the largest ones take is plenty, and MLX fills whatever it is given.
     let wishes = MemoryWishes {
         buffer_cache_bytes: wishes
@@ -309,11 +327,18 @@ fn step_shape(
         vocabulary: size(model.vocab),
         element_bytes: 4,
         fused_attention: device.kind != DeviceKind::Cpu,
-        expanded: match config.kv_quantization {
-            Some(_) => (context_length * size(model.kv_heads) * size(model.head_dim)) as u64,
-            None => 0,
-        },
+        gathered: 0,
     }
+}
+
+/// [`StepShape::gathered`] where the reference path decodes: every row's whole context, as far as the cache has room for that.
+/// A quantised one is gathered first and expanded then.
+fn gathered(model: &ModelConfig, facts: &MemoryFacts, wishes: &MemoryWishes) -> u64 {
+    let room = wished_blocks(facts, wishes).saturating_mul(wishes.block_size);
+    let tokens = room.min(wishes.max_running.saturating_mul(facts.context_length)) as u64;
+    let width = u64::from(model.kv_heads.unsigned_abs()) * u64::from(model.head_dim.unsigned_abs());
+    let copies = if facts.kv_quantization.is_some() { 2 } else { 1 };
+    tokens.saturating_mul(width).saturating_mul(2 * copies)
 }
 
 /// More rows than this in a step are not tried at start, which would take long; the estimate stands for them.
@@ -330,9 +355,9 @@ fn warm_rows(config: &EngineConfig, tokens: usize) -> usize {
 /// Decodes of the warm-up.
 const WARM_DECODES: usize = 2;
 
-/// Pieces that the warm-up reports: the kernels' test, each prefill, each decode.
+/// Pieces that the warm-up reports: each prefill, each decode.
 fn warm_steps(config: &EngineConfig, tokens: usize) -> usize {
-    1 + warm_rows(config, tokens) + WARM_DECODES
+    warm_rows(config, tokens) + WARM_DECODES
 }
 
 /// Real prefills and decodes, greedy and sampled, at the shapes that matter: in the end steps as large as one can be, which
@@ -510,6 +535,49 @@ mod tests {
         assert_eq!(kv_bytes(&neither, &device), None);
     }
 
+    /// Every row's own context, as far as the cache has room for all of them; twice where they are expanded.
+    #[test]
+    fn what_the_reference_path_gathers_is_bounded_by_rows_and_by_the_cache() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied");
+        let model = ModelConfig::read(&folder.join("config.json")).unwrap();
+        let width = u64::from((model.kv_heads * model.head_dim).unsigned_abs());
+        let facts = MemoryFacts {
+            device: DeviceFacts {
+                kind: DeviceKind::Cpu,
+                bytes: 1 << 40,
+                free_bytes: None,
+                memory_bytes: 1 << 40,
+            },
+            weight_bytes: 0,
+            kv_bytes_per_token: 1 << 10,
+            kv_quantization: None,
+            step_bytes: 0,
+            context_length: 1000,
+        };
+        let wishes = MemoryWishes {
+            utilization: 1.0,
+            kv_bytes: Some(64 << 20),
+            max_running: 4,
+            max_blocks: None,
+            block_size: 32,
+            buffer_cache_bytes: 0,
+        };
+        assert_eq!(gathered(&model, &facts, &wishes), 4000 * width * 2);
+        let small = MemoryWishes {
+            kv_bytes: Some(2 << 20),
+            ..wishes
+        };
+        assert_eq!(gathered(&model, &facts, &small), 2048 * width * 2);
+        let quantised = MemoryFacts {
+            kv_quantization: Some(KvQuantization {
+                bits: 8,
+                group_size: 32,
+            }),
+            ..facts
+        };
+        assert_eq!(gathered(&model, &quantised, &small), 2048 * width * 4);
+    }
+
     /// The largest step is measured, and not its parts: a whole chunk at the end of a long context, beside every row, with all
     /// that sampling can need; and twice, as one is issued before the one before it has been read.
     #[test]
@@ -525,7 +593,7 @@ mod tests {
         for (fused, expected) in [(false, (40, 40, 3)), (true, (40, tokens, 3))] {
             let mut seen = Vec::new();
             let mut heard = |progress| seen.push(progress);
-            let mut steps = Steps::new(&mut heard, warm_steps(&config, tokens) - 1);
+            let mut steps = Steps::new(&mut heard, warm_steps(&config, tokens));
             parts.stepper.issued.clear();
             warm_up(&mut parts.stepper, &config, tokens, fused, &mut steps).unwrap();
             assert_eq!(

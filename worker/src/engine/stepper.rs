@@ -162,17 +162,19 @@ pub(super) struct Landed {
 }
 
 impl Stepper {
-    /// `kernel_rows`: how many rows kernels have to serve at most; without it the reference path decodes.
+    /// `kernel_rows`: how many rows kernels have to serve at most; without it the reference path decodes. `progress`: see
+    /// [`Model::choose_kernels`].
     pub(super) fn new(
         mut model: Model,
         positions: i32,
         block_size: usize,
         kv_quantization: Option<KvQuantization>,
         kernel_rows: Option<usize>,
+        progress: &mut dyn FnMut(),
     ) -> Result<(Self, KernelReport)> {
         let kv = model.new_kv(positions, kv_quantization)?;
         let report = match kernel_rows {
-            Some(rows) => model.choose_kernels(&kv, int(block_size)?, rows),
+            Some(rows) => model.choose_kernels(&kv, int(block_size)?, rows, progress),
             None => KernelReport::reference("no kernels asked for"),
         };
         let stepper = Self {
@@ -233,10 +235,10 @@ impl Stepper {
         self.kv.copy(&moves).map_err(Fault::Device)
     }
 
-    /// Waits for the steps in flight, where they write to the cache in a way that MLX does not order with what is written to it
-    /// next: see [`Model::writes_unseen`].
+    /// Waits for the steps in flight, where nothing orders what they do in the cache with what is written to it next: see
+    /// [`Model::steps_overlap`].
     fn settle(&self) -> Step {
-        if self.model.writes_unseen() {
+        if self.model.steps_overlap() {
             eval(self.landed.iter().map(|flight| &flight.draw.tokens)).map_err(Fault::Device)?;
         }
         Ok(())
@@ -245,7 +247,7 @@ impl Stepper {
     /// As [`Self::settle`], for the flights that none of these rows continues: nothing that the next step reads depends on
     /// them, and a sequence that has ended in one of them may have left a block to a row of this step.
     fn settle_strangers(&self, ids: &[SeqId]) -> Step {
-        if !self.model.writes_unseen() {
+        if !self.model.steps_overlap() {
             return Ok(());
         }
         let strangers = self.landed.iter().filter(|flight| is_stranger(&flight.rows, ids));
@@ -510,9 +512,8 @@ impl Stepper {
         one.add(&one)?.eval()
     }
 
-    /// Waits for what is in flight, whatever comes of it, and forgets it: a later failure of one of these steps is not taken for
-    /// one of the next.
-    pub(super) fn abandon(&mut self) {
+    /// Waits for what is in flight, whatever comes of it: a later failure of one of these steps is not taken for one of the next.
+    pub(super) fn outlast(&self) {
         let chunks = self.chunks_before.iter().chain(&self.chunks).flatten();
         let flights = self.landed.iter().chain(&self.flights);
         let undrawn = self.undrawn.iter().map(|forward| &forward.logits);
@@ -524,7 +525,6 @@ impl Stepper {
                 tracing::debug!(error = error.what(), "of a step given up");
             }
         }
-        self.clear();
     }
 
     /// Forgets what is in flight.

@@ -5,6 +5,7 @@
 //! as [`Span`]s. How a store lies in memory is its own affair (`store.rs`).
 
 use kv_cache::KvQuantization;
+use mlx_ext::Language;
 use mlx_ext::ops::{slice, slice_update};
 use mlx_rs::error::{Exception, Result};
 use mlx_rs::transforms::async_eval;
@@ -45,7 +46,17 @@ pub struct KvSlabs {
     layers: Vec<LayerSlabs>,
     kv_heads: i32,
     positions: i32,
+    /// Positions of a slab, of which the last may be nobody's.
+    axis: i32,
     dtype: Dtype,
+}
+
+/// Positions of a slab for `positions` that are used. MLX's CUDA build (0.32.2) attends with a single query by cuDNN where keys
+/// and values look like slices of mlx-lm's cache: of a buffer of a multiple of 256 positions. It takes the first positions of
+/// that buffer then, whatever the slice was. Ours begin anywhere, so no slab has such a length there.
+fn axis(positions: i32, language: Option<Language>) -> i32 {
+    const PEER_STEP: i32 = 256;
+    positions + i32::from(language == Some(Language::Cuda) && positions % PEER_STEP == 0)
 }
 
 impl KvSlabs {
@@ -56,22 +67,24 @@ impl KvSlabs {
         dtype: Dtype,
         quantization: Option<KvQuantization>,
     ) -> Result<Self> {
+        let [kv_heads, positions, width] = shape;
+        let axis = axis(positions, Language::of_device()?);
         let layer = |_| {
             Ok(LayerSlabs {
-                keys: Store::new(shape, dtype, quantization)?,
-                values: Store::new(shape, dtype, quantization)?,
+                keys: Store::new([kv_heads, axis, width], dtype, quantization)?,
+                values: Store::new([kv_heads, axis, width], dtype, quantization)?,
             })
         };
-        let [kv_heads, positions, _] = shape;
         Ok(Self {
             layers: (0..layers).map(layer).collect::<Result<_>>()?,
             kv_heads,
             positions,
+            axis,
             dtype,
         })
     }
 
-    /// Positions of each slab.
+    /// Positions that may be used.
     #[must_use]
     pub fn positions(&self) -> i32 {
         self.positions
@@ -80,7 +93,7 @@ impl KvSlabs {
     /// Heads, and positions of each: the first axes of every slab.
     #[must_use]
     pub fn extent(&self) -> [i32; 2] {
-        [self.kv_heads, self.positions]
+        [self.kv_heads, self.axis]
     }
 
     /// Type of keys and values as attention sees them.
@@ -312,5 +325,21 @@ impl Chunk<'_> {
             }
             written.ok_or_else(|| Exception::custom("a chunk without a place for its keys and values"))
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_slab_on_cuda_passes_for_another_programs_cache() {
+        for positions in [32, 256, 12_800, 16_384, 23_744] {
+            let axis = axis(positions, Some(Language::Cuda));
+            assert!(axis % 256 != 0 && (positions..positions + 2).contains(&axis));
+        }
+        for language in [None, Some(Language::Metal)] {
+            assert_eq!(axis(256, language), 256);
+        }
     }
 }

@@ -233,10 +233,20 @@ impl Model {
         self.decoder.decode(tokens, rows, kv)
     }
 
+    /// Most pieces of work that [`Self::choose_kernels`] reports.
+    pub const KERNEL_PIECES: usize = kernels::PIECES;
+
     /// Decides whether kernels of our own step the sequences of `kv`, by a test on this device; `block`: positions of a block,
-    /// `rows`: the most that are stepped together. Call it before anything is kept in `kv`.
-    pub fn choose_kernels(&mut self, kv: &KvSlabs, block: i32, rows: usize) -> KernelReport {
-        let (kernels, report) = kernels::choose(self, kv, block, rows);
+    /// `rows`: the most that are stepped together. Call it before anything is kept in `kv`. `progress` is called at most
+    /// [`Self::KERNEL_PIECES`] times, after each piece of the test.
+    pub fn choose_kernels(
+        &mut self,
+        kv: &KvSlabs,
+        block: i32,
+        rows: usize,
+        progress: &mut dyn FnMut(),
+    ) -> KernelReport {
+        let (kernels, report) = kernels::choose(self, kv, block, rows, progress);
         tracing::info!(
             path = report.path,
             reason = report.reason,
@@ -254,11 +264,12 @@ impl Model {
         self.kernels.is_some()
     }
 
-    /// A step writes to the cache where MLX does not see it, and the device does not order that with what others write there
-    /// later, unless they depend on the step's results. Metal's command buffers of one queue may overlap; CUDA's run in turn.
+    /// A step may meet in the cache what a later one writes there, unless that depends on the step's results. Metal's command
+    /// buffers of one queue may overlap: MLX lets one wait for whoever writes what it uses, not for whoever still reads what it
+    /// writes, and not for the kernels, whose writes MLX does not see. CUDA's graphs and the CPU's tasks run in turn.
     #[must_use]
-    pub fn writes_unseen(&self) -> bool {
-        self.has_kernels() && cfg!(target_os = "macos")
+    pub fn steps_overlap(&self) -> bool {
+        cfg!(target_os = "macos")
     }
 
     fn kernel_weights(&self) -> Option<kernels::Weights> {

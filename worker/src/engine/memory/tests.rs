@@ -210,7 +210,7 @@ fn the_estimate_knows_what_dominates() {
         vocabulary: 151_936,
         element_bytes: 2,
         fused_attention: true,
-        expanded: 0,
+        gathered: 0,
     };
     let token = 2 * (2048 * 4 + 8 * 768 * 3 + 32 * 128 * 4);
     let logits = 151_936 * 4 * 4;
@@ -226,14 +226,14 @@ fn the_estimate_knows_what_dominates() {
         .estimate(),
         whole + scores
     );
-    // Keys and values of the whole context, in numbers.
+    // Keys and values of a whole context.
     assert_eq!(
         StepShape {
-            expanded: 32_768 * 4 * 128,
+            gathered: 2 * 32_768 * 4 * 128,
             ..shape
         }
         .estimate(),
-        whole + 32_768 * 4 * 128 * 2 * 4
+        whole + 2 * 32_768 * 4 * 128 * 2
     );
     let decode = StepShape {
         tokens: 1,

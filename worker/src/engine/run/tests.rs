@@ -61,8 +61,12 @@ impl Running {
             parts.stepper.faults = faults;
             parts.weight_files = files;
             let stopping = AtomicBool::new(false);
-            let reason = Loop::new(parts, &for_thread, &inbox, &stopping).serve();
-            end.send(reason).unwrap();
+            let state = watch::Sender::new(EngineState::Running);
+            Loop::new(parts, &for_thread, &inbox, &stopping).serve(&state);
+            match &*state.borrow() {
+                EngineState::Dead(reason) => end.send(reason.clone()).unwrap(),
+                EngineState::Running => panic!("it has ended and says nothing"),
+            }
         });
         Self {
             commands,
@@ -273,9 +277,11 @@ fn a_device_that_fails_ends_what_runs_and_keeps_nothing_of_it() {
 
 #[test]
 fn a_device_that_is_lost_ends_the_engine_and_every_request() {
+    let (held, hang) = sync_channel(1);
     let faults = Faults {
         rows: Some(1),
         lost: true,
+        hang: Some((usize::MAX, hang)),
         ..Faults::default()
     };
     let engine = Running::new(faults, 1);
@@ -292,6 +298,8 @@ fn a_device_that_is_lost_ends_the_engine_and_every_request() {
         reason.contains("the device failed; and then: the device is lost"),
         "{reason}"
     );
+    // Nothing has been given back to such a device, which would end the process without a word.
+    assert_eq!(held.send(()), Ok(()));
 }
 
 /// After its volume has gone, a device that can only add is one that fails with every request, for ever.

@@ -187,10 +187,10 @@ impl Attend {
 
 /// Query heads that a group of threads serves at once: as many as its registers hold.
 fn tile(group_heads: i32, head_dim: i32, language: Language) -> i32 {
-    let most = if head_dim == 256 || language == Language::Metal {
-        4
-    } else {
-        8
+    let most = match (head_dim, language) {
+        (256, Language::Metal) => 2,
+        (256, _) | (_, Language::Metal) => 4,
+        _ => 8,
     };
     (1..=most.min(group_heads))
         .rev()
@@ -241,5 +241,23 @@ mod tests {
         assert_eq!(tile(8, 128, Language::Metal), 4);
         assert_eq!(tile(7, 128, Language::Cuda), 7);
         assert_eq!(tile(1, 64, Language::Metal), 1);
+    }
+
+    /// What `attend.kernel` keeps in group memory, of which Metal has 32 KiB and CUDA 48 without asking.
+    #[test]
+    fn a_group_has_room_for_its_heads() {
+        for (language, most) in [(Language::Metal, 32 << 10), (Language::Cuda, 48 << 10)] {
+            for head_dim in [64, 128, 256] {
+                for group_heads in 1..=16 {
+                    let tile = tile(group_heads, head_dim, language);
+                    let floats = (tile + 2 + WARPS * tile) * head_dim + 2 * WARPS * tile + 1;
+                    assert!(
+                        floats * 4 <= most,
+                        "{} bytes for {tile} heads of {head_dim} on {language:?}",
+                        floats * 4
+                    );
+                }
+            }
+        }
     }
 }

@@ -30,6 +30,10 @@ const DEEP: i32 = 16_384;
 /// Positions of the short ones.
 const SHALLOW: i32 = 256;
 
+/// Most pieces of work that a test reports: prompts, comparisons of them one by one, by two, by four and together, and four
+/// timings both ways.
+pub(in crate::model) const PIECES: usize = 8 + (8 + 4 + 2 + 1) + 2 * 4;
+
 /// A step that was timed both ways.
 #[derive(Debug, Clone, Serialize)]
 pub struct Timing {
@@ -73,14 +77,16 @@ impl KernelReport {
 }
 
 /// The kernels if they give what the reference path gives, and faster. Writes to the first blocks of `kv`, whose contents
-/// nobody may rely on yet. `rows`: the most that are stepped together.
+/// nobody may rely on yet. `rows`: the most that are stepped together. `progress`: called after each piece of work, of which any
+/// may compile kernels; at most [`PIECES`] times.
 pub(in crate::model) fn choose(
     model: &Model,
     kv: &KvSlabs,
     block: i32,
     rows: usize,
+    progress: &mut dyn FnMut(),
 ) -> (Option<KernelDecoder>, KernelReport) {
-    match test(model, kv, block, rows) {
+    match test(model, kv, block, rows, progress) {
         Ok((kernels, report)) => (kernels, report),
         Err(error) => {
             let failed = matches!(error, Unfit::Mlx(_));
@@ -93,7 +99,13 @@ pub(in crate::model) fn choose(
     }
 }
 
-fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<KernelDecoder>, KernelReport)> {
+fn test(
+    model: &Model,
+    kv: &KvSlabs,
+    block: i32,
+    rows: usize,
+    progress: &mut dyn FnMut(),
+) -> Made<(Option<KernelDecoder>, KernelReport)> {
     let slabs = kv
         .plain()
         .ok_or_else(|| unfit("the kernels read keys and values as they are, not quantised"))?;
@@ -115,6 +127,7 @@ fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<Ke
     let mut tokens = Vec::with_capacity(prompts.len());
     for (place, prompt) in (0..).zip(&prompts) {
         prefill(model, kv, prompt, place, vocab)?;
+        progress();
         tokens.push((place * 977 + 13) % vocab);
     }
     tracing::debug!("kernels: the test's prompts are computed");
@@ -146,6 +159,7 @@ fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<Ke
             error = error.max(difference(&found, &expected)?);
             error = error.max(difference(&written(&slabs, prompts)?, &expected_kv)?);
             tracing::debug!(rows = count, error, "kernels: compared");
+            progress();
         }
     }
     let most = if kv.dtype() == Dtype::Float32 { 1e-3 } else { 0.1 };
@@ -156,10 +170,12 @@ fn test(model: &Model, kv: &KvSlabs, block: i32, rows: usize) -> Made<(Option<Ke
         let reference_ms = time(kv, &prompts, &tokens, |tokens, step| {
             reference(model, kv, tokens, step)
         })?;
+        progress();
         let kernels_ms = time(kv, &prompts, &tokens, |tokens, step| {
             kernels.scores(tokens, step.positions(), &step.tables())
         })?;
         tracing::debug!(rows, positions, reference_ms, kernels_ms, "kernels: timed");
+        progress();
         timings.push(Timing {
             rows,
             positions,
@@ -231,8 +247,8 @@ struct Prompt {
     length: i32,
 }
 
-/// Sequences of different lengths, at block borders and beside them, whose blocks lie in up to three pieces; four to eight
-/// of them, also where only one is stepped at a time.
+/// Sequences of different lengths, at block borders and beside them, whose blocks lie in one piece, which the reference path
+/// reads in place, or in three, which it joins; four to eight of them, also where only one is stepped at a time.
 fn prompts(positions: i32, block: i32, rows: usize) -> Vec<Prompt> {
     let lengths = [300, 1, block, 2 * block + 1, 63, 64, 130, 700];
     let mut left = positions / block.max(1);
@@ -243,12 +259,16 @@ fn prompts(positions: i32, block: i32, rows: usize) -> Vec<Prompt> {
         if needed > left {
             continue;
         }
+        let first = left - needed;
         prompts.push(Prompt {
-            blocks: in_pieces(left - needed, needed),
+            blocks: match prompts.len() % 2 {
+                0 => (first..left).collect(),
+                _ => in_pieces(first, needed),
+            },
             block,
             length,
         });
-        left -= needed;
+        left = first;
     }
     prompts
 }

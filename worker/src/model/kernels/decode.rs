@@ -1,6 +1,8 @@
 //! A decoder of kernels: the next token's scores for each of several sequences, from one graph that MLX keeps.
 
+use std::cell::RefCell;
 use std::fmt;
+use std::rc::Rc;
 
 use mlx_ext::Compiled;
 use mlx_rs::error::{Exception, Result};
@@ -60,9 +62,15 @@ pub(in crate::model) enum Feed {
     },
 }
 
+/// Graphs that are kept: MLX gives each of their nodes a text of its own, which makes some 4 MB for a model of 48 layers. Building
+/// one anew takes as long as a few steps.
+const MOST_GRAPHS: usize = 32;
+
 /// The decoder.
 pub(in crate::model) struct KernelDecoder {
-    graph: Compiled,
+    network: Rc<Network>,
+    /// One for each number of rows and width of their tables.
+    graphs: RefCell<Kept<[i32; 2], Compiled>>,
 }
 
 impl fmt::Debug for KernelDecoder {
@@ -79,12 +87,10 @@ impl KernelDecoder {
         slabs: &[[&Array; 2]],
         block: i32,
     ) -> Made<Self> {
-        let network = Network::new(config, weights, slabs, block)?;
-        let graph = Compiled::new(move |inputs: &[Array]| match inputs {
-            [tokens, positions, tables] => Ok(vec![network.scores(tokens, positions, tables)?]),
-            _ => Err(Exception::custom("a step has tokens, positions and tables")),
-        })?;
-        Ok(Self { graph })
+        Ok(Self {
+            network: Rc::new(Network::new(config, weights, slabs, block)?),
+            graphs: RefCell::new(Kept::new(MOST_GRAPHS)),
+        })
     }
 
     /// `tokens`: `[1, rows]`; `positions`: `[rows]`, int32; `tables`: `[rows, width]`, int32. Returns `[rows, vocabulary]`.
@@ -94,10 +100,50 @@ impl KernelDecoder {
         positions: &Array,
         tables: &Array,
     ) -> Result<Array> {
-        self.graph
+        let mut graphs = self.graphs.borrow_mut();
+        let graph = graphs.get([tables.dim(0), tables.dim(1)], || {
+            let network = Rc::clone(&self.network);
+            Compiled::new(move |inputs: &[Array]| match inputs {
+                [tokens, positions, tables] => Ok(vec![network.scores(tokens, positions, tables)?]),
+                _ => Err(Exception::custom("a step has tokens, positions and tables")),
+            })
+        })?;
+        graph
             .apply(&[tokens, positions, tables])?
             .pop()
             .ok_or_else(|| Exception::custom("a step without scores"))
+    }
+}
+
+/// The values that were asked for last, a few of them.
+struct Kept<K, V> {
+    most: usize,
+    /// The last one first.
+    values: Vec<(K, V)>,
+}
+
+impl<K: PartialEq, V> Kept<K, V> {
+    fn new(most: usize) -> Self {
+        Self {
+            most,
+            values: Vec::with_capacity(most),
+        }
+    }
+
+    fn get(&mut self, key: K, make: impl FnOnce() -> Result<V>) -> Result<&V> {
+        match self.values.iter().position(|(known, _)| *known == key) {
+            Some(place) => {
+                if let Some(passed) = self.values.get_mut(..=place) {
+                    passed.rotate_right(1);
+                }
+            }
+            None => {
+                self.values.truncate(self.most.saturating_sub(1));
+                self.values.insert(0, (key, make()?));
+            }
+        }
+        let first = self.values.first().map(|(_, value)| value);
+        first.ok_or_else(|| Exception::custom("nothing was made"))
     }
 }
 
@@ -132,7 +178,7 @@ impl Network {
     fn new(config: &ModelConfig, weights: Weights, slabs: &[[&Array; 2]], block: i32) -> Made<Self> {
         let dtype = weights.embedding.dtype();
         let eps = config.norm_eps;
-        let (mut joined, mut output, mut feeds) = (Kept::default(), Kept::default(), Kept::default());
+        let (mut joined, mut output, mut feeds) = (Shared::default(), Shared::default(), Shared::default());
         let mut kinds = Vec::with_capacity(weights.layers.len());
         for layer in &weights.layers {
             let attention = &layer.attention;
@@ -315,12 +361,12 @@ impl Feed {
 }
 
 /// Values by signature: most layers are alike and share their kernels.
-struct Kept<T> {
+struct Shared<T> {
     signatures: Vec<String>,
     values: Vec<T>,
 }
 
-impl<T> Default for Kept<T> {
+impl<T> Default for Shared<T> {
     fn default() -> Self {
         Self {
             signatures: Vec::new(),
@@ -329,7 +375,7 @@ impl<T> Default for Kept<T> {
     }
 }
 
-impl<T> Kept<T> {
+impl<T> Shared<T> {
     fn place(&mut self, signature: String, make: impl FnOnce(usize) -> Made<T>) -> Made<usize> {
         if let Some(known) = self.signatures.iter().position(|known| *known == signature) {
             return Ok(known);
@@ -361,7 +407,7 @@ mod tests {
 
     #[test]
     fn layers_of_one_kind_share_their_kernels() {
-        let mut kept = Kept::default();
+        let mut kept = Shared::default();
         let mut made = Vec::new();
         for signature in ["a", "b", "a", "c", "b"] {
             let place = kept.place(signature.to_owned(), |index| {
@@ -374,5 +420,21 @@ mod tests {
         assert_eq!(made, ["a", "b", "c"]);
         assert!(kept.place("d".to_owned(), |_| Err(unfit("no"))).is_err());
         assert_eq!(kept.values, [0, 1, 2]);
+    }
+
+    #[test]
+    fn the_graphs_asked_for_last_are_kept() {
+        let mut kept = Kept::new(2);
+        let mut made = Vec::new();
+        for key in [1, 2, 1, 3, 1, 2, 2, 3] {
+            let value = kept.get(key, || {
+                made.push(key);
+                Ok(10 * key)
+            });
+            assert_eq!(*value.unwrap(), 10 * key);
+        }
+        // 3 takes the place of 2, which takes that of 3, which takes that of 1.
+        assert_eq!(made, [1, 2, 3, 2, 3]);
+        assert!(kept.get(4, || Err(Exception::custom("no"))).is_err());
     }
 }

@@ -20,7 +20,7 @@ mod project;
 mod source;
 
 pub use choose::KernelReport;
-pub(super) use choose::choose;
+pub(super) use choose::{PIECES, choose};
 pub(super) use decode::{AttentionWeights, Feed, KernelDecoder, LayerWeights, Weights};
 
 /// Why kernels do not serve a model or a device.
