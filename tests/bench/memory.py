@@ -135,7 +135,7 @@ def sample(port, pid):
         connection.close()
     memory = status["memory"]
     return dict(rss=resident(pid), mappings=mappings(pid), active=memory["active_bytes"], cache=memory["buffer_cache_bytes"],
-                kv=memory["kv_used_bytes"], running=status["requests"]["running"], waiting=status["requests"]["waiting"])
+                kv=memory["kv_used_bytes"] + memory["kv_cached_bytes"], running=status["requests"]["running"], waiting=status["requests"]["waiting"])
 
 
 def judge(samples, step, hourly):

@@ -64,8 +64,10 @@ pub struct Heartbeat {
     pub running: u64,
     /// Requests in the queue.
     pub waiting: u64,
-    /// Bytes of keys and values in use.
+    /// Bytes of keys and values that running requests hold.
     pub kv_used_bytes: u64,
+    /// Bytes of those that only the prefix cache holds: they make room.
+    pub kv_cached_bytes: u64,
     /// Bytes allocated by MLX.
     pub active_bytes: u64,
     /// Freed bytes that MLX keeps.
@@ -125,7 +127,7 @@ mod tests {
         assert_eq!(
             serde_json::to_value(&beat).unwrap(),
             json!({"event": "heartbeat", "steps": 9, "last_step_age_ms": 0, "running": 1, "waiting": 0,
-                   "kv_used_bytes": 0, "active_bytes": 0, "buffer_cache_bytes": 0, "footprint_bytes": 0,
+                   "kv_used_bytes": 0, "kv_cached_bytes": 0, "active_bytes": 0, "buffer_cache_bytes": 0, "footprint_bytes": 0,
                    "planned_bytes": 0})
         );
         for event in [ready, beat, WorkerEvent::Fatal { message: "no".into() }] {

@@ -15,8 +15,10 @@ pub struct Usage {
     pub running_blocks: usize,
     /// Blocks promised to running sequences and not taken yet; to come out of the free and the cached ones.
     pub promised_blocks: usize,
-    /// Bytes of all blocks but the free ones.
-    pub used_bytes: u64,
+    /// Bytes of the blocks in use by running sequences.
+    pub running_bytes: u64,
+    /// Bytes of those that are only cached.
+    pub cached_bytes: u64,
     /// Bytes of the pool.
     pub total_bytes: u64,
     /// Snapshots kept.
@@ -54,14 +56,16 @@ impl<S: Clone> KvCache<S> {
         let total_blocks = self.pool.total();
         let free_blocks = self.pool.free();
         let cached_blocks = self.tree.unpinned();
+        let running_blocks = total_blocks - free_blocks - cached_blocks;
         let block_bytes = self.config.block_bytes();
         Usage {
             total_blocks,
             free_blocks,
             cached_blocks,
-            running_blocks: total_blocks - free_blocks - cached_blocks,
+            running_blocks,
             promised_blocks: self.promised,
-            used_bytes: block_bytes.saturating_mul((total_blocks - free_blocks) as u64),
+            running_bytes: block_bytes.saturating_mul(running_blocks as u64),
+            cached_bytes: block_bytes.saturating_mul(cached_blocks as u64),
             total_bytes: block_bytes.saturating_mul(total_blocks as u64),
             snapshots: self.snapshots.len(),
             snapshot_bytes: self.snapshots.bytes(),

@@ -94,7 +94,7 @@ impl Engine {
         }
         self.cache.audit().unwrap();
         let usage = self.cache.usage();
-        assert!(usage.used_bytes <= usage.total_bytes);
+        assert!(usage.running_bytes + usage.cached_bytes <= usage.total_bytes);
         assert!(usage.snapshot_bytes <= self.cache.config().snapshot_bytes);
     }
 

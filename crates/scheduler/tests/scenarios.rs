@@ -591,7 +591,8 @@ fn a_device_that_fails_takes_all_that_runs_and_what_was_cached() {
     assert_eq!(scheduler.fail_running(), [SeqId(1), SeqId(2)]);
     scheduler.audit().unwrap();
     assert_eq!((scheduler.running(), scheduler.waiting()), (0, 1));
-    assert_eq!(scheduler.usage().used_bytes, 0);
+    let usage = scheduler.usage();
+    assert_eq!((usage.running_bytes, usage.cached_bytes), (0, 0));
     assert_eq!(parts(&step(&mut scheduler)), [(3, 0, 100)]);
 }
 

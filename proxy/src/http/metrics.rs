@@ -209,29 +209,42 @@ fn models(app: &App, page: &mut Page) {
             );
         }
     }
+    let beats = || {
+        processes
+            .clone()
+            .filter_map(|(model, process)| Some((model, (*process.heartbeat.lock())?)))
+    };
     page.family(
         "swapd_worker_kv_used_bytes",
         "gauge",
-        "Keys and values in use, by the worker's heartbeat.",
+        "Keys and values of running requests, by the worker's heartbeat.",
     );
-    for (model, process) in processes.clone() {
-        if let Some(beat) = *process.heartbeat.lock() {
-            page.sample(
-                "swapd_worker_kv_used_bytes",
-                &[("model", model)],
-                beat.kv_used_bytes,
-            );
-        }
+    for (model, beat) in beats() {
+        page.sample(
+            "swapd_worker_kv_used_bytes",
+            &[("model", model)],
+            beat.kv_used_bytes,
+        );
+    }
+    page.family(
+        "swapd_worker_kv_cached_bytes",
+        "gauge",
+        "Keys and values that only the prefix cache holds, by the worker's heartbeat.",
+    );
+    for (model, beat) in beats() {
+        page.sample(
+            "swapd_worker_kv_cached_bytes",
+            &[("model", model)],
+            beat.kv_cached_bytes,
+        );
     }
     page.family(
         "swapd_worker_steps_total",
         "counter",
         "Engine steps, by the worker's heartbeat.",
     );
-    for (model, process) in processes {
-        if let Some(beat) = *process.heartbeat.lock() {
-            page.sample("swapd_worker_steps_total", &[("model", model)], beat.steps);
-        }
+    for (model, beat) in beats() {
+        page.sample("swapd_worker_steps_total", &[("model", model)], beat.steps);
     }
 }
 

@@ -325,8 +325,10 @@ pub struct EngineStats {
     pub waiting: usize,
     /// It is within a step, or has one to read, whether or not a request is left that wants it.
     pub busy: bool,
-    /// Bytes of keys and values in use.
+    /// Bytes of keys and values that running requests hold.
     pub kv_used_bytes: u64,
+    /// Bytes of those that only the prefix cache holds: they make room.
+    pub kv_cached_bytes: u64,
     /// Bytes that MLX has allocated.
     pub active_bytes: u64,
     /// Highest value of `active_bytes` so far.

@@ -515,7 +515,8 @@ impl<'a> Loop<'a> {
         let busy = !self.scheduler.is_idle() || self.stepper.is_flying();
         counters.busy.store(busy, Relaxed);
         let usage = self.scheduler.usage();
-        counters.kv_used_bytes.store(usage.used_bytes, Relaxed);
+        counters.kv_used_bytes.store(usage.running_bytes, Relaxed);
+        counters.kv_cached_bytes.store(usage.cached_bytes, Relaxed);
         counters.cache(&self.scheduler.totals(), &self.scheduler.counters());
         counters.turned();
     }

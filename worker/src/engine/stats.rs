@@ -47,6 +47,7 @@ pub(super) struct Counters {
     /// When the last places were given back, the oldest first.
     freed: Mutex<VecDeque<Instant>>,
     pub(super) kv_used_bytes: AtomicU64,
+    pub(super) kv_cached_bytes: AtomicU64,
     pub(super) prefill_tokens: AtomicU64,
     pub(super) decode_tokens: AtomicU64,
     kernel_decodes: AtomicU64,
@@ -73,6 +74,7 @@ impl Counters {
             outstanding: AtomicUsize::default(),
             freed: Mutex::default(),
             kv_used_bytes: AtomicU64::default(),
+            kv_cached_bytes: AtomicU64::default(),
             prefill_tokens: AtomicU64::default(),
             decode_tokens: AtomicU64::default(),
             kernel_decodes: AtomicU64::default(),
@@ -170,6 +172,7 @@ impl Counters {
             busy: self.busy.load(Relaxed),
             waiting: self.outstanding.load(Relaxed).saturating_sub(running),
             kv_used_bytes: self.kv_used_bytes.load(Relaxed),
+            kv_cached_bytes: self.kv_cached_bytes.load(Relaxed),
             active_bytes: self.active_bytes.load(Relaxed),
             peak_bytes: self.peak_bytes.load(Relaxed),
             buffer_cache_bytes: self.buffer_cache_bytes.load(Relaxed),

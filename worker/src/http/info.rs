@@ -133,6 +133,7 @@ pub(super) async fn status(State(service): State<Arc<Service>>) -> Json<Value> {
         "memory": {
             "weight_bytes": info.weight_bytes,
             "kv_used_bytes": stats.kv_used_bytes,
+            "kv_cached_bytes": stats.kv_cached_bytes,
             "active_bytes": stats.active_bytes,
             "peak_bytes": stats.peak_bytes,
             "buffer_cache_bytes": stats.buffer_cache_bytes,

@@ -243,8 +243,14 @@ impl Metrics {
             (
                 "kv_used_bytes",
                 "gauge",
-                "Keys and values in use.",
+                "Keys and values of running requests.",
                 engine.kv_used_bytes,
+            ),
+            (
+                "kv_cached_bytes",
+                "gauge",
+                "Keys and values that only the prefix cache holds; they make room for requests.",
+                engine.kv_cached_bytes,
             ),
             (
                 "active_bytes",

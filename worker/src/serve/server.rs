@@ -160,6 +160,7 @@ fn heartbeat(service: &Service, process: &FootprintReading) -> WorkerEvent {
         running: stats.running as u64,
         waiting: stats.waiting as u64,
         kv_used_bytes: stats.kv_used_bytes,
+        kv_cached_bytes: stats.kv_cached_bytes,
         active_bytes: stats.active_bytes,
         buffer_cache_bytes: stats.buffer_cache_bytes,
         footprint_bytes: process.footprint_bytes,

@@ -65,6 +65,8 @@ async fn status_tells_limits_and_numbers() {
     server.backend.set_stats(EngineStats {
         steps: 17,
         active_bytes: 5,
+        kv_used_bytes: 6,
+        kv_cached_bytes: 7,
         reference_decodes: 4,
         cache: CacheStats {
             requests: 5,
@@ -86,6 +88,12 @@ async fn status_tells_limits_and_numbers() {
     assert_eq!(json["prefix_cache"]["hit_rate"], 0.25);
     assert_eq!(json["prefix_cache"]["request_hit_rate"], 0.2);
     assert_eq!(json["memory"]["active_bytes"], 5);
+    assert_eq!(json["memory"]["kv_used_bytes"], 6);
+    assert_eq!(json["memory"]["kv_cached_bytes"], 7);
+    let metrics = server.get("/metrics").await.text();
+    for line in ["mlxworker_kv_used_bytes 6\n", "mlxworker_kv_cached_bytes 7\n"] {
+        assert!(metrics.contains(line), "{metrics}");
+    }
     assert_eq!(json["chat"]["tool_call_parser"], "hermes");
     assert_eq!(server.get("/v1/status").await.json()["model"], MODEL);
 }

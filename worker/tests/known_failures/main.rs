@@ -120,7 +120,7 @@ async fn tokens(engine: &Engine, request: GenerateRequest) -> Vec<u32> {
     ask(engine, request).await.tokens
 }
 
-/// Waits until nothing runs, waits, or is kept. For engines without a prefix cache.
+/// Waits until nothing runs, waits, or is in use.
 async fn idle(engine: &Engine) {
     let reached = async {
         while {
@@ -402,6 +402,20 @@ async fn a_pool_that_runs_dry_changes_no_reply() {
         let stats = engine.stats();
         assert!(stats.preempted > 0, "{stats:?}");
         assert_eq!((stats.cache.requests, stats.cache.cached_tokens), (4, 0));
+    }
+}
+
+/// What the prefix cache keeps makes room for whoever comes: it is told apart from what runs.
+#[tokio::test]
+async fn what_is_only_cached_is_not_in_use() {
+    let engine = engine(|_| {}).await;
+    for _ in 0..2 {
+        let mut generation = engine.submit(greedy(user("Count from 1 to 9"), 60)).unwrap();
+        first_token(&mut generation).await;
+        assert!(engine.stats().kv_used_bytes > 0);
+        rest(generation).await;
+        idle(&engine).await;
+        assert!(engine.stats().kv_cached_bytes > 0);
     }
 }
 

@@ -413,7 +413,7 @@ impl Engine {
         assert_eq!(here, self.sequences.len());
         assert_eq!(self.scheduler.is_idle(), self.sequences.is_empty());
         let usage = self.scheduler.usage();
-        assert!(usage.used_bytes <= usage.total_bytes);
+        assert!(usage.running_bytes + usage.cached_bytes <= usage.total_bytes);
         assert_eq!(usage.sequences, self.scheduler.running());
     }
 
