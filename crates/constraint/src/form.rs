@@ -7,7 +7,7 @@ use std::sync::Arc;
 use llguidance::Matcher;
 use llguidance::api::TopLevelGrammar;
 use parking_lot::Mutex;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::vocabulary::{Facts, Grammars};
 use crate::walk::{Opening, Walk};
@@ -26,6 +26,19 @@ pub enum Form {
     Choice(Vec<String>),
     /// The grammar derives it, in llguidance's variant of Lark's syntax.
     Grammar(String),
+    /// Tool calls, whose arguments are valid under the tool's schema.
+    Calls(Calls),
+}
+
+/// Calls of tools, one or several, in the markup that a model knows.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Calls {
+    /// Of each tool the text that leads from the beginning of the call to its arguments, and their schema.
+    pub tools: Vec<(String, Value)>,
+    /// What follows the arguments.
+    pub end: String,
+    /// What stands between one call and the next; `None`: there is one.
+    pub between: Option<String>,
 }
 
 /// There is no grammar for it.
@@ -135,10 +148,37 @@ fn grammar(form: &Form) -> Result<TopLevelGrammar, CompileError> {
             bounded(text.len(), LONGEST_GRAMMAR)?;
             Ok(TopLevelGrammar::from_lark(text.clone()))
         }
+        Form::Calls(calls) => self::calls(calls),
     }
 }
 
+fn calls(calls: &Calls) -> Result<TopLevelGrammar, CompileError> {
+    let quoted = |text: &str| Value::from(text).to_string();
+    let mut rules = match &calls.between {
+        Some(between) => format!("start: call ({} call)*\n", quoted(between)),
+        None => "start: call\n".to_owned(),
+    };
+    let mut each = Vec::new();
+    for (number, (begin, schema)) in calls.tools.iter().enumerate() {
+        let schema = Value::Object(prepared(schema)?);
+        rules.push_str(&format!("arguments{number}: %json {schema}\n"));
+        each.push(format!(
+            "{} arguments{number} {}",
+            quoted(begin),
+            quoted(&calls.end)
+        ));
+    }
+    bounded(rules.len(), LONGEST_SCHEMA)?;
+    rules.push_str(&format!("call: {}\n", each.join(" | ")));
+    Ok(TopLevelGrammar::from_lark(rules))
+}
+
 fn schema(value: &Value) -> Result<TopLevelGrammar, CompileError> {
+    Ok(TopLevelGrammar::from_json_schema(Value::Object(prepared(value)?)))
+}
+
+/// A schema with what is said here of white space and alternatives.
+fn prepared(value: &Value) -> Result<Map<String, Value>, CompileError> {
     let Value::Object(map) = value else {
         return Err(CompileError("a schema must be an object".to_owned()));
     };
@@ -146,7 +186,7 @@ fn schema(value: &Value) -> Result<TopLevelGrammar, CompileError> {
     let mut map = map.clone();
     map.entry("x-guidance")
         .or_insert_with(|| json!({"whitespace_pattern": WHITESPACE, "coerce_one_of": true}));
-    Ok(TopLevelGrammar::from_json_schema(Value::Object(map)))
+    Ok(map)
 }
 
 fn bounded(bytes: usize, most: usize) -> Result<(), CompileError> {

@@ -1,5 +1,5 @@
 //! Which tokens may come next in a reply that has to be of a given form: any JSON, JSON of a schema, what a regular
-//! expression matches, one of a few texts, what a grammar derives.
+//! expression matches, one of a few texts, what a grammar derives, calls of tools.
 //!
 //! Pure: no MLX, no I/O, no clock. The parser is [llguidance](https://github.com/guidance-ai/llguidance); what is added here is
 //! a vocabulary without assumptions about its end-of-reply tokens, bounds, and what may come before the constrained text:
@@ -34,6 +34,6 @@ mod form;
 mod vocabulary;
 mod walk;
 
-pub use form::{CompileError, Constraint, Form};
+pub use form::{Calls, CompileError, Constraint, Form};
 pub use vocabulary::{Grammars, Token, VocabularyError};
 pub use walk::{Allowed, Opening, Thinking, Walk, WalkError};

@@ -9,7 +9,7 @@
 
 use std::sync::OnceLock;
 
-use constraint::{Form, Grammars, Opening, Thinking, Token, Walk};
+use constraint::{Calls, Form, Grammars, Opening, Thinking, Token, Walk};
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 
@@ -374,6 +374,62 @@ fn a_call_lifts_the_constraint() {
     assert!(!ids(&mut text).contains(&CALL));
 }
 
+fn calls(between: Option<&str>) -> Form {
+    let city = json!({"type": "object", "additionalProperties": false, "required": ["a"],
+                      "properties": {"a": {"enum": ["b", "ab"]}, "n": {"type": "integer", "minimum": 1, "maximum": 9}}});
+    let none = json!({"type": "object", "additionalProperties": false, "properties": {}});
+    Form::Calls(Calls {
+        tools: vec![("yes\", \"x\": ".into(), city), ("no\\\", \"x\": ".into(), none)],
+        end: "}\n</t>".into(),
+        between: between.map(str::to_owned),
+    })
+}
+
+#[test]
+fn a_call_names_a_tool_and_has_the_arguments_of_its_schema() {
+    let constraint = grammars().compile(&calls(None)).unwrap();
+    let mut said = [0; 2];
+    for seed in 0..200 {
+        let mut walk = constraint.walk(Opening::default(), &[STOP]);
+        let text = finish(&mut walk, &mut fastrand::Rng::with_seed(seed), 60);
+        let (name, rest) = text.split_once("\", \"x\": ").unwrap();
+        let arguments: Value = serde_json::from_str(rest.strip_suffix("}\n</t>").unwrap()).unwrap();
+        if name == "yes" {
+            assert!(["b", "ab"].map(Value::from).contains(&arguments["a"]), "{text}");
+            let number = arguments
+                .get("n")
+                .is_none_or(|n| (1..=9).contains(&n.as_u64().unwrap()));
+            assert!(number && arguments.as_object().unwrap().len() <= 2, "{text}");
+        } else {
+            assert_eq!((name, arguments), ("no\\", json!({})), "{text}");
+        }
+        said[usize::from(name == "yes")] += 1;
+    }
+    assert!(said[0] > 20 && said[1] > 20, "{said:?}");
+
+    // Where one call is complete there is nothing but the end.
+    let mut walk = constraint.walk(Opening::default(), &[STOP]);
+    assert!(take(&mut walk, "yes\", \"x\": {\"a\": \"b\"}}\n</t>"));
+}
+
+#[test]
+fn calls_may_follow_one_another() {
+    let constraint = grammars().compile(&calls(Some("\n<t>"))).unwrap();
+    let mut walk = constraint.walk(Opening::default(), &[STOP]);
+    for text in [
+        "yes\", \"x\": {\"a\": \"b\"}}\n</t>",
+        "\n<t>no\\\", \"x\": {}}\n</t>",
+    ] {
+        assert!(!take(&mut walk, text));
+        assert_eq!(
+            ids(&mut walk),
+            [u32::from(b'\n'), 256 + 12, STOP],
+            "the next one, or the end"
+        );
+    }
+    assert!(walk.take(u32::from(b'x')).is_err());
+}
+
 #[test]
 fn what_cannot_be_compiled_says_why() {
     for (form, part) in [
@@ -393,6 +449,17 @@ fn what_cannot_be_compiled_says_why() {
         (Form::Regex(r"a\bc".into()), "look"),
         (Form::Choice(vec![]), "empty"),
         (Form::Choice(vec!["a".into(), String::new()]), "empty"),
+        (
+            Form::Calls(Calls {
+                tools: vec![
+                    ("f".into(), json!({"type": "object"})),
+                    ("g".into(), json!({"type": "strin"})),
+                ],
+                end: "}".into(),
+                between: None,
+            }),
+            "strin",
+        ),
         (Form::Grammar("start: x".into()), "unknown name"),
         (Form::Grammar("start: \"a".into()), "1("),
         (Form::Grammar("root ::= \"a\"".into()), "1("),

@@ -85,7 +85,7 @@ fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<(Choice, Generat
             prompt.generate.prompt.len(),
             &options.stop,
             Some(parser),
-            &prompt.forced,
+            prompt.forced.as_ref().map_or("", |forced| &forced.text),
             prompt.single_call,
         );
         (choice, generation)

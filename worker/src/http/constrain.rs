@@ -4,11 +4,12 @@ use std::sync::{Arc, OnceLock};
 
 use api_types::ApiError;
 use api_types::openai::{AskedForm, Form as Asked};
-use constraint::{Constraint, Form, Grammars, Opening, Thinking};
+use constraint::{Calls, Constraint, Form, Grammars, Opening, Thinking};
 use serde_json::Value;
 use tokio::sync::{Semaphore, oneshot};
 use tokio::time::timeout;
 
+use super::forced::{Forced, any_arguments};
 use super::service::Service;
 
 /// Forms compiled at the same time. One that takes longer than anybody waits for it keeps its place until it ends.
@@ -30,23 +31,121 @@ impl Default for Compiler {
     }
 }
 
-/// What came of it.
+/// Why there is no grammar.
 enum Failure {
-    /// Of this form there is no grammar.
+    /// Of this form there is none.
     Form(String),
+    /// Of this tool's schema, by its place among the tools.
+    Tool(usize, String),
     /// Of this tokenizer there is no tree.
     Vocabulary(String),
+    /// It is not found in time.
+    Slow,
 }
 
-/// Compiles a form. Nothing that a client can write holds up anybody but who asks for forms.
+impl Failure {
+    fn of(self, service: &Service, field: &str) -> ApiError {
+        let (reason, code) = match self {
+            Self::Form(reason) | Self::Tool(_, reason) => {
+                (format!("cannot be compiled: {reason}"), "invalid_constraint")
+            }
+            Self::Vocabulary(reason) => (
+                format!("is not supported with this model: {reason}"),
+                "unsupported_value",
+            ),
+            Self::Slow => {
+                let limit = service.config.compile_limit.as_secs_f64();
+                let reason = format!("is too complex: it is not compiled after {limit} s");
+                (reason, "invalid_constraint")
+            }
+        };
+        ApiError::invalid(field, reason).with_code(code)
+    }
+}
+
+/// Compiles the form that a request asks for.
 ///
 /// # Errors
 /// 400 naming the field, with the library's reason, or because it takes too long; 503 while others compile.
 pub(super) async fn compile(service: &Arc<Service>, asked: &AskedForm) -> Result<Constraint, ApiError> {
+    let form = form(&asked.form);
+    let compiled = on_a_thread(service, &asked.field, move |grammars| {
+        grammars
+            .compile(&form)
+            .map_err(|error| Failure::Form(error.to_string()))
+    });
+    compiled
+        .await?
+        .map_err(|failure| failure.of(service, &asked.field))
+}
+
+/// Compiles what binds a forced call to the schemas of the request's tools. `None`: they cannot be compiled, and the client
+/// has not asked for a call that follows them strictly.
+///
+/// # Errors
+/// 400 naming the schema of a strict tool; 503 while others compile.
+pub(super) async fn compile_calls(
+    service: &Arc<Service>,
+    forced: &Arc<Forced>,
+) -> Result<Option<Constraint>, ApiError> {
+    let for_thread = Arc::clone(forced);
+    let compiled = on_a_thread(service, "tool_choice", move |grammars| {
+        match grammars.compile(&Form::Calls(for_thread.calls.clone())) {
+            Ok(constraint) => Ok(constraint),
+            // One tool's schema may be the reason: the others are bound all the same.
+            Err(_) => {
+                let calls = Form::Calls(without_what_cannot_be_compiled(grammars, &for_thread)?);
+                grammars
+                    .compile(&calls)
+                    .map_err(|error| Failure::Form(error.to_string()))
+            }
+        }
+    });
+    let failure = match compiled.await? {
+        Ok(constraint) => return Ok(Some(constraint)),
+        Err(failure) => failure,
+    };
+    let mut schemas = forced.schemas.iter();
+    let strict = match failure {
+        Failure::Tool(at, _) => schemas.nth(at),
+        _ => schemas.find(|schema| schema.strict),
+    };
+    let field = strict.map_or("tools", |schema| &schema.field);
+    let error = failure.of(service, field);
+    if strict.is_some() {
+        return Err(error);
+    }
+    tracing::debug!(%error, "a forced call's arguments are not bound");
+    Ok(None)
+}
+
+fn without_what_cannot_be_compiled(grammars: &Grammars, forced: &Forced) -> Result<Calls, Failure> {
+    let mut calls = forced.calls.clone();
+    for (at, ((_, schema), source)) in calls.tools.iter_mut().zip(&forced.schemas).enumerate() {
+        if let Err(error) = grammars.compile(&Form::JsonSchema(schema.clone())) {
+            if source.strict {
+                return Err(Failure::Tool(at, error.to_string()));
+            }
+            tracing::debug!(%error, field = source.field, "a forced call's arguments are not bound");
+            *schema = any_arguments();
+        }
+    }
+    Ok(calls)
+}
+
+/// Runs `work` on a thread of its own. Nothing that a client can write holds up anybody but who asks for forms.
+///
+/// # Errors
+/// 503 while others compile.
+async fn on_a_thread(
+    service: &Arc<Service>,
+    field: &str,
+    work: impl FnOnce(&Grammars) -> Result<Constraint, Failure> + Send + 'static,
+) -> Result<Result<Constraint, Failure>, ApiError> {
     let busy = || {
         ApiError::unavailable(
             "constraint_compiler_busy",
-            format!("{}: other requests' forms are being compiled", asked.field),
+            format!("{field}: other requests' forms are being compiled"),
             Some(1),
         )
     };
@@ -56,7 +155,6 @@ pub(super) async fn compile(service: &Arc<Service>, asked: &AskedForm) -> Result
         .await
         .map_err(|_| busy())?
         .map_err(|_| busy())?;
-    let form = form(&asked.form);
     let (answer, answered) = oneshot::channel();
     let for_thread = Arc::clone(service);
     // Not one of the runtime's threads: these have too little stack for a schema that is nested without end.
@@ -64,7 +162,7 @@ pub(super) async fn compile(service: &Arc<Service>, asked: &AskedForm) -> Result
         .name("constraint".to_owned())
         .stack_size(Grammars::STACK)
         .spawn(move || {
-            let compiled = build(&for_thread, &form);
+            let compiled = grammars(&for_thread).and_then(work);
             drop(for_thread);
             // Nobody may wait any more.
             let _ = answer.send(compiled);
@@ -72,30 +170,13 @@ pub(super) async fn compile(service: &Arc<Service>, asked: &AskedForm) -> Result
         })
         .map_err(|error| ApiError::internal(format!("no thread for the constraint: {error}")))?;
     match timeout(limit, answered).await {
-        Err(_) => Err(ApiError::invalid(
-            &asked.field,
-            format!(
-                "is too complex: it is not compiled after {} s",
-                limit.as_secs_f64()
-            ),
-        )
-        .with_code("invalid_constraint")),
+        Err(_) => Ok(Err(Failure::Slow)),
         Ok(Err(_)) => Err(ApiError::internal("the constraint's compiler is gone")),
-        Ok(Ok(Err(Failure::Form(reason)))) => Err(ApiError::invalid(
-            &asked.field,
-            format!("cannot be compiled: {reason}"),
-        )
-        .with_code("invalid_constraint")),
-        Ok(Ok(Err(Failure::Vocabulary(reason)))) => Err(ApiError::invalid(
-            &asked.field,
-            format!("is not supported with this model: {reason}"),
-        )
-        .with_code("unsupported_value")),
-        Ok(Ok(Ok(constraint))) => Ok(constraint),
+        Ok(Ok(compiled)) => Ok(compiled),
     }
 }
 
-fn build(service: &Service, form: &Form) -> Result<Constraint, Failure> {
+fn grammars(service: &Service) -> Result<&Grammars, Failure> {
     let grammars = service.compiler.grammars.get_or_init(|| {
         let started = std::time::Instant::now();
         let rows = service.backend.info().vocab_size;
@@ -107,12 +188,9 @@ fn build(service: &Service, form: &Form) -> Result<Constraint, Failure> {
         );
         built.map_err(|error| error.to_string())
     });
-    let grammars = grammars
-        .as_ref()
-        .map_err(|reason| Failure::Vocabulary(reason.clone()))?;
     grammars
-        .compile(form)
-        .map_err(|error| Failure::Form(error.to_string()))
+        .as_ref()
+        .map_err(|reason| Failure::Vocabulary(reason.clone()))
 }
 
 fn form(asked: &Asked) -> Form {

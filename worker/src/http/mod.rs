@@ -8,6 +8,7 @@
 //! | `canonical`   | changing lines at the head of the system prompt, taken off                        |
 //! | `prompt`      | a checked request to token ids and sampling                                       |
 //! | `constrain`   | the form that a request asks for, compiled                                        |
+//! | `forced`      | a call that `tool_choice` forces: its beginning, and what binds its arguments      |
 //! | `choice`      | one reply: tokens to text, stop strings, reasoning, tool calls                    |
 //! | `run`         | all replies of one request: the next event, silence, time limits, accounting      |
 //! | `inlet`       | what the engine sends for one request, and the ways to end that from outside        |
@@ -34,6 +35,7 @@ mod completions;
 mod constrain;
 mod errors;
 mod footprint;
+mod forced;
 mod info;
 mod inlet;
 mod metrics;

@@ -11,7 +11,8 @@ use serde_json::Value;
 use constraint::{Constraint, Opening};
 
 use super::constrain::{self, Before};
-use super::service::{ChatFormat, Service};
+use super::forced::{Forced, force};
+use super::service::Service;
 use super::{body, canonical, errors, random_id};
 use crate::backend::{Constrained, GenerateRequest, Generation, SamplingParams};
 
@@ -27,8 +28,8 @@ pub(super) struct ChatPrompt {
     pub(super) tool_format: ToolFormat,
     pub(super) reasoning: Reasoning,
     pub(super) tools: Arc<ToolSet>,
-    /// The beginning of the reply that has been put into the prompt to force a call.
-    pub(super) forced: String,
+    /// The call that the reply has to be, and has begun with already.
+    pub(super) forced: Option<Arc<Forced>>,
     /// End after the first call.
     pub(super) single_call: bool,
     pub(super) clamped: Option<Clamped>,
@@ -62,6 +63,10 @@ impl std::fmt::Display for Clamped {
 /// A prompt whose reply may have to be of a form.
 pub(super) trait Formed {
     fn options(&self) -> &GenerationOptions;
+    /// A call that every reply has to be.
+    fn forced(&self) -> Option<&Arc<Forced>> {
+        None
+    }
     /// Every reply is to be of this form.
     fn constrain(&mut self, form: Constraint);
 }
@@ -69,6 +74,10 @@ pub(super) trait Formed {
 impl Formed for ChatPrompt {
     fn options(&self) -> &GenerationOptions {
         &self.options
+    }
+
+    fn forced(&self) -> Option<&Arc<Forced>> {
+        self.forced.as_ref()
     }
 
     fn constrain(&mut self, form: Constraint) {
@@ -96,7 +105,7 @@ impl Formed for CompletionPrompt {
 /// the form that it asks for.
 ///
 /// # Errors
-/// As `body::read`, `make` and [`constrain::compile`].
+/// As `body::read`, `make`, [`constrain::compile`] and [`constrain::compile_calls`].
 pub(super) async fn prepare<T: Formed + Send + 'static>(
     service: &Arc<Service>,
     request: Request,
@@ -113,6 +122,10 @@ pub(super) async fn prepare<T: Formed + Send + 'static>(
     };
     if let Some(asked) = &prompt.options().form {
         let form = constrain::compile(service, asked).await?;
+        prompt.constrain(form);
+    } else if let Some(forced) = prompt.forced()
+        && let Some(form) = constrain::compile_calls(service, forced).await?
+    {
         prompt.constrain(form);
     }
     Ok(prompt)
@@ -168,25 +181,26 @@ pub(super) fn chat(service: &Service, body: &[u8]) -> Result<ChatPrompt, ApiErro
         Some(_) if chat.reasoning != ReasoningFormat::None => Reasoning::Inside,
         _ => chat.reasoning.of(chat.template.source(use_tools), &text),
     };
-    let mut forced = String::new();
+    let mut forced = None;
     let tool_format = match &request.tool_choice {
         _ if !use_tools => ToolFormat::None,
         ToolChoice::Auto if !chat.auto_tools => ToolFormat::None,
         ToolChoice::Auto => chat.tool_format,
         choice => {
-            forced = force_call(chat, choice)?;
+            let call = force(chat.tool_format, choice, tools, request.parallel_tool_calls)?;
             if reasoning == Reasoning::Inside {
                 // A forced call leaves no room for thought.
                 text.push_str("\n</think>\n\n");
             }
             reasoning = Reasoning::Off;
-            text.push_str(&forced);
+            text.push_str(&call.text);
+            forced = Some(Arc::new(call));
             chat.tool_format
         }
     };
     let opening = match &request.options.form {
         None => Opening::default(),
-        Some(asked) if !forced.is_empty() => {
+        Some(asked) if forced.is_some() => {
             return Err(ApiError::invalid(
                 "tool_choice",
                 format!("forces a call, which leaves no text for {} to shape", asked.field),
@@ -280,21 +294,6 @@ pub(super) fn completion(service: &Service, body: &[u8]) -> Result<CompletionPro
         echo,
         clamped,
     })
-}
-
-/// The beginning of a reply that calls a tool, in the model's own markup.
-fn force_call(chat: &ChatFormat, choice: &ToolChoice) -> Result<String, ApiError> {
-    match (chat.tool_format, choice) {
-        (ToolFormat::Hermes, ToolChoice::Function(name)) => {
-            let name = Value::from(name.as_str());
-            Ok(format!("<tool_call>\n{{\"name\": {name}, \"arguments\": "))
-        }
-        (ToolFormat::Hermes, _) => Ok("<tool_call>\n{\"name\": \"".to_owned()),
-        (format, _) => Err(ApiError::invalid(
-            "tool_choice",
-            format!("a call cannot be forced on this model: its tool-call format is {format}"),
-        )),
-    }
 }
 
 fn template_error(error: &TemplateError) -> ApiError {

@@ -13,7 +13,9 @@ use super::support::*;
 const THINK: u32 = 2046;
 const CLOSE: u32 = 2047;
 const CALL: u32 = 2042;
+const CALL_END: u32 = 2043;
 const EOS: u32 = 2041;
+const OTHER_EOS: u32 = 2039;
 
 fn tools() -> Value {
     json!([{"type": "function", "function": {"name": "now", "parameters": {"type": "object"}}}])
@@ -112,6 +114,18 @@ async fn what_cannot_be_asked_is_refused_before_anything_is_queued() {
 fn walk(request: &GenerateRequest) -> Walk {
     let asked = request.constraint.clone().expect("a constraint");
     asked.form.walk(asked.opening, &request.stop_tokens)
+}
+
+/// Writes a text, character by character; true if only the end can follow.
+fn write(walk: &mut Walk, text: &str) -> bool {
+    let mut end = false;
+    for character in text.chars() {
+        let id = tokenizer().encode(&character.to_string(), false).unwrap()[0];
+        let allowed = walk.allowed().unwrap().expect("constrained");
+        assert!(allowed.has(id), "{character:?} in {text:?}");
+        end = walk.take(id).unwrap();
+    }
+    end
 }
 
 /// What may come next, as text; markup by its id.
@@ -262,4 +276,106 @@ async fn a_constraint_that_fails_is_an_error() {
     let error = &reply.json()["error"];
     assert_eq!(error["code"], "constraint_failed");
     assert!(error["message"].as_str().unwrap().contains("stuck"), "{error}");
+}
+
+/// What a forced call may go on with: the tool's name, then arguments under its schema, then the end of the markup.
+#[tokio::test]
+async fn a_forced_call_follows_the_tools_schema() {
+    let server = start(|_| stop(spell("x"))).await;
+    let tool = |name: &str, parameters: Value| json!({"type": "function", "function": {"name": name, "parameters": parameters}});
+    let city = json!({"properties": {"city": {"enum": ["Rome"]}}, "required": ["city"], "additionalProperties": false});
+    let tools = json!([tool("weather", city), {"type": "function", "function": {"name": "now"}}]);
+    let named = |name: &str| json!({"type": "function", "function": {"name": name}});
+    for extra in [
+        json!({"tool_choice": named("weather")}),
+        json!({"tool_choice": named("now"), "n": 2}),
+        json!({"tool_choice": "required"}),
+        json!({"tool_choice": "required", "parallel_tool_calls": false}),
+    ] {
+        let mut body = extra;
+        body["tools"] = tools.clone();
+        let reply = server.chat(body).await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+    }
+    let mut walks: Vec<Walk> = server.backend.requests().iter().map(walk).collect();
+    let rome = "{\"city\": \"Rome\"}}\n";
+    assert!(!write(&mut walks[0], "{\"city\": \""));
+    assert_eq!(next(&mut walks[0]), ["R", "Ro", "Rome"]);
+    assert!(!write(&mut walks[0], "Rome\"}}\n"));
+    // Character by character, or as the model has learnt it.
+    assert!(next(&mut walks[0]).contains(&CALL_END.to_string()));
+    assert!(walks[0].take(CALL_END).unwrap(), "one call");
+
+    for at in [1, 2] {
+        assert!(!write(&mut walks[at], "{\"anything\": [1]}}\n"));
+        assert!(walks[at].take(CALL_END).unwrap());
+    }
+
+    let names = next(&mut walks[3]);
+    assert!(
+        names
+            .iter()
+            .all(|name| "weather\"".starts_with(name) || "now\"".starts_with(name)),
+        "{names:?}"
+    );
+    assert!(!write(
+        &mut walks[3],
+        &format!("weather\", \"arguments\": {rome}")
+    ));
+    assert!(!walks[3].take(CALL_END).unwrap());
+    assert_eq!(
+        next(&mut walks[3]),
+        ["\n".to_owned(), OTHER_EOS.to_string(), EOS.to_string()]
+    );
+    assert!(!write(&mut walks[3], "\n"));
+    assert!(!walks[3].take(CALL).unwrap());
+    assert!(!write(
+        &mut walks[3],
+        "\n{\"name\": \"now\", \"arguments\": {}}\n</tool_call>"
+    ));
+
+    assert!(!write(
+        &mut walks[4],
+        &format!("weather\", \"arguments\": {rome}")
+    ));
+    assert!(walks[4].take(CALL_END).unwrap());
+}
+
+#[tokio::test]
+async fn a_schema_that_cannot_be_compiled_is_refused_only_where_it_is_strict() {
+    let server = start(|_| stop(spell("x"))).await;
+    let tool = |name: &str, parameters: Value, strict: bool| {
+        json!({"type": "function",
+        "function": {"name": name, "parameters": parameters, "strict": strict}})
+    };
+    let (wrong, right) = (
+        json!({"properties": {"a": {"type": "strin"}}}),
+        json!({"properties": {"a": {"const": 1}}, "required": ["a"]}),
+    );
+    let ask = |tools: Value, choice: Value| server.chat(json!({"tools": tools, "tool_choice": choice}));
+    let named = json!({"type": "function", "function": {"name": "g"}});
+    for choice in [json!("required"), named.clone()] {
+        let tools = json!([tool("f", right.clone(), true), tool("g", wrong.clone(), true)]);
+        let reply = ask(tools, choice).await;
+        let error = reply.json()["error"].clone();
+        assert_eq!(
+            (reply.status, &error["param"]),
+            (400, &json!("tools[1].function.parameters")),
+            "{error}"
+        );
+        assert!(error["message"].as_str().unwrap().contains("strin"), "{error}");
+    }
+    assert!(server.backend.requests().is_empty());
+    // The other tool is bound all the same, strictly or not.
+    for choice in [json!("required"), named] {
+        let tools = json!([tool("f", right.clone(), true), tool("g", wrong.clone(), false)]);
+        let reply = ask(tools, choice).await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+    }
+    let mut walks: Vec<Walk> = server.backend.requests().iter().map(walk).collect();
+    let mut other = server.backend.requests().first().map(walk).unwrap();
+    assert!(!write(&mut other, "g\", \"arguments\": {\"a\": [2]}}"));
+    assert!(!write(&mut walks[0], "f\", \"arguments\": {\"a\": "));
+    assert_eq!(next(&mut walks[0]), ["1"]);
+    assert!(!write(&mut walks[1], "{\"a\": [2]}}"));
 }
