@@ -455,6 +455,8 @@ async fn reasoning_and_calls_are_free() {
     requests[3].sampling.logit_bias = vec![(OPEN, -100.0), (CALL, -100.0)];
     // Thinking goes on until something closes it.
     requests[0].sampling.logit_bias.push((CLOSE, 20.0));
+    // A call would do after it, too.
+    requests[0].sampling.logit_bias.push((CALL, -100.0));
     requests[2].max_tokens = 30;
     let replies = ask(&engine, &requests).await;
     let thought = &replies[0].tokens;
