@@ -477,6 +477,27 @@ async fn reasoning_and_calls_are_free() {
     assert!(is_valid(&replies[3].text()), "{:?}", replies[3].text());
 }
 
+/// A reply of a form goes on for as long as the form can.
+#[tokio::test]
+async fn the_end_of_a_form_is_put_off() {
+    let engine = engine(|_| {}).await;
+    let at_least = |min_tokens: usize, form: Form| {
+        let mut request = bound(prompt(2, 8), &form);
+        request.sampling.min_tokens = min_tokens;
+        request.sampling.logit_bias = vec![(STOP, 100.0)];
+        request
+    };
+    let requests = [
+        at_least(7, Form::Regex("(ab)*".into())),
+        at_least(0, Form::Regex("(ab)*".into())),
+        at_least(7, Form::Choice(vec!["x".into()])),
+    ];
+    let replies = ask(&engine, &requests).await;
+    let texts: Vec<String> = replies.iter().map(Reply::text).collect();
+    assert_eq!(texts, ["abababab", "", "x"]);
+    assert!(replies.iter().all(|reply| reply.reason() == FinishReason::Stop));
+}
+
 /// A parser that cannot go on ends its own request, and nobody else's.
 #[tokio::test]
 async fn a_failure_is_ones_own() {

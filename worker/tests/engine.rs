@@ -382,3 +382,82 @@ fn to_half_and_shift(file: &Path) -> u64 {
     std::fs::write(file, changed).unwrap();
     packed
 }
+
+/// Whoever may not end yet draws something else, one step ahead and after a preemption too; nobody beside it can tell.
+#[tokio::test]
+async fn the_end_is_put_off_for_who_asked_for_that() {
+    const STOP: u32 = 7;
+    let asked = |first: u32, min_tokens: usize, sampling: SamplingParams| GenerateRequest {
+        prompt: (first..first + 39).collect(),
+        stop_tokens: vec![STOP, 9],
+        sampling: SamplingParams {
+            min_tokens,
+            ..sampling
+        },
+        ..request(60, None)
+    };
+    let ending = SamplingParams {
+        logit_bias: vec![(STOP, 100.0), (9, 90.0)],
+        ..SamplingParams::greedy()
+    };
+    let hot = SamplingParams {
+        temperature: 1.0,
+        seed: Some(3),
+        presence_penalty: 1.0,
+        ..SamplingParams::greedy()
+    };
+    let free = GenerateRequest {
+        stop_tokens: Vec::new(),
+        ..asked(4, 60, SamplingParams::greedy())
+    };
+    let requests = [
+        asked(1, 20, ending.clone()),
+        asked(2, 0, ending.clone()),
+        asked(3, 30, ending),
+        free,
+        asked(5, 0, hot.clone()),
+        asked(6, 40, hot),
+    ];
+    let start = async |max_running: usize, max_blocks: Option<usize>| {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/dense-f32-tied");
+        let config = EngineConfig {
+            max_running,
+            max_waiting: 8,
+            prefill_chunk: 16,
+            block_size: 4,
+            prefix_cache: false,
+            max_blocks,
+            generation_share: 1,
+            ..EngineConfig::new(folder)
+        };
+        Engine::start(config, |_| {}).await.unwrap()
+    };
+    let without_start = |mut events: Vec<GenerationEvent>| {
+        events.retain(|event| !matches!(event, GenerationEvent::Started { .. }));
+        events
+    };
+    let solo = start(1, None).await;
+    let mut alone = Vec::new();
+    for request in &requests {
+        alone.push(without_start(all(solo.submit(request.clone()).unwrap()).await));
+    }
+    drop(solo);
+    let length = |events: &[GenerationEvent]| events.len() - 1;
+    assert_eq!([0, 1, 2, 3].map(|at: usize| length(&alone[at])), [20, 0, 30, 60]);
+    assert!(length(&alone[5]) >= 40);
+    for events in &alone {
+        let ends = |event: &GenerationEvent| matches!(event, GenerationEvent::Token { id: STOP | 9, .. });
+        assert!(events.len() == 61 || !events.iter().any(ends), "{events:?}");
+    }
+    for max_blocks in [None, Some(68)] {
+        let engine = start(6, max_blocks).await;
+        let together: Vec<Generation> = requests
+            .iter()
+            .map(|request| engine.submit(request.clone()).unwrap())
+            .collect();
+        for (at, (generation, alone)) in together.into_iter().zip(&alone).enumerate() {
+            assert_eq!(without_start(all(generation).await), *alone, "request {at}");
+        }
+        assert_eq!(engine.stats().preempted > 0, max_blocks.is_some());
+    }
+}

@@ -84,6 +84,17 @@ impl Allowed {
         (id as usize) < self.count && self.set.get(id as usize)
     }
 
+    /// Takes these out, unless nothing would be left.
+    pub fn rather_not(&mut self, ids: &[u32]) {
+        let mut set = self.set.clone();
+        for &id in ids {
+            forbid(&mut set, id);
+        }
+        if !set.is_zero() {
+            self.set = set;
+        }
+    }
+
     /// One flag a token, by id. What lies past the vocabulary is not allowed.
     pub fn fill(&self, flags: &mut [bool]) {
         let words = self.set.as_slice().iter();

@@ -276,6 +276,13 @@ fn the_end_is_allowed_exactly_where_the_text_may_end() {
     let next = ids(&mut walk);
     assert_eq!(next, [u32::from(b'a'), 256 + 17, 256 + 18, STOP]);
 
+    // Where the reply is to go on it does not end, but where there is nothing else.
+    let mut rather = walk.allowed().unwrap().unwrap();
+    rather.rather_not(&[STOP, COUNT + 1]);
+    assert!(!rather.has(STOP) && rather.has(u32::from(b'a')));
+    rather.rather_not(&next);
+    assert!(rather.has(u32::from(b'a')));
+
     let mut unending = constraint.walk(Opening::default(), &[]);
     take(&mut unending, "ab");
     assert_eq!(ids(&mut unending), [u32::from(b'a'), 256 + 17, 256 + 18]);

@@ -104,6 +104,8 @@ pub struct SamplingParams {
     pub logit_bias: Vec<(u32, f32)>,
     /// Seed of this request's own random generator: same request, same seed, same reply. `None`: any.
     pub seed: Option<u64>,
+    /// No stop token is drawn before so many other tokens. A form that is complete ends the reply all the same.
+    pub min_tokens: usize,
 }
 
 impl SamplingParams {
@@ -120,6 +122,7 @@ impl SamplingParams {
             frequency_penalty: 0.0,
             logit_bias: Vec::new(),
             seed: None,
+            min_tokens: 0,
         }
     }
 }

@@ -233,6 +233,7 @@ fn run(
                     position,
                     slot: (*table.get(position / block_size)?, position % block_size),
                     table,
+                    allowed: None,
                 })
             })
             .collect();

@@ -355,12 +355,15 @@ impl<'a> Loop<'a> {
     fn decode(&mut self, planned: &[Decode]) -> Result<(), Broken> {
         let rows: Vec<DecodeRow<'_>> = planned
             .iter()
-            .filter(|row| self.sequences.contains_key(&row.id))
-            .map(|row| DecodeRow {
-                id: row.id,
-                position: row.position,
-                slot: row.slot,
-                table: self.scheduler.table(row.id),
+            .filter_map(|row| {
+                let sequence = self.sequences.get_mut(&row.id)?;
+                Some(DecodeRow {
+                    id: row.id,
+                    position: row.position,
+                    slot: row.slot,
+                    table: self.scheduler.table(row.id),
+                    allowed: sequence.going_on(row.position, &self.stepper),
+                })
             })
             .collect();
         let constrained =
@@ -522,14 +525,14 @@ impl<'a> Loop<'a> {
     }
 }
 
-/// What a sequence may draw next, as the stepper wants it; `None`: anything.
+/// What a sequence whose tokens have all been read may draw next, as the stepper wants it; `None`: anything.
 fn allowed(
     sequence: &mut Sequence,
     stepper: &Stepper,
     counters: &Counters,
 ) -> Result<Option<Array>, EngineError> {
     if !sequence.is_constrained() {
-        return Ok(None);
+        return Ok(sequence.going_on_read(stepper));
     }
     let started = Instant::now();
     let flags = sequence

@@ -1,10 +1,12 @@
 //! One request on its way through the engine.
 
 use constraint::{Allowed, Walk};
+use mlx_rs::Array;
 use tokio::sync::mpsc;
 
 use super::sampler::{History, Sampler};
 use super::stats::Place;
+use super::stepper::Stepper;
 use crate::backend::{
     EngineError, FinishReason, GenerateRequest, GenerationEvent, Miss, SamplingParams, TokenLogprobs, Usage,
 };
@@ -20,6 +22,10 @@ pub(super) struct Sequence {
     /// Where the reply is in the form that it has to have.
     walk: Option<Walk>,
     stop_tokens: Vec<u32>,
+    /// The reply does not end before so many tokens.
+    min_tokens: usize,
+    /// All tokens but those that end it, while it may not end.
+    going_on: Option<Array>,
     prompt_tokens: usize,
     cached_tokens: usize,
     /// The prompt has been computed once, and the reader knows all that was cached of it.
@@ -59,6 +65,8 @@ impl Sequence {
                 .as_ref()
                 .map(|asked| asked.form.walk(asked.opening.clone(), &request.stop_tokens)),
             stop_tokens: request.stop_tokens.clone(),
+            min_tokens: request.sampling.min_tokens,
+            going_on: None,
             prompt_tokens: request.prompt.len(),
             cached_tokens: 0,
             told: false,
@@ -78,12 +86,37 @@ impl Sequence {
         self.walk.as_ref().is_some_and(Walk::is_constrained)
     }
 
-    /// What it may draw next; `None`: anything.
+    /// What it may draw next by its form; `None`: anything.
     pub(super) fn allowed(&mut self) -> Result<Option<Allowed>, EngineError> {
-        match &mut self.walk {
-            Some(walk) => walk.allowed().map_err(|error| constraint_error(&error)),
-            None => Ok(None),
+        let Some(walk) = &mut self.walk else {
+            return Ok(None);
+        };
+        let mut allowed = walk.allowed().map_err(|error| constraint_error(&error))?;
+        if self.generated < self.min_tokens
+            && let Some(allowed) = &mut allowed
+        {
+            allowed.rather_not(&self.stop_tokens);
         }
+        Ok(allowed)
+    }
+
+    /// What it may draw without a form when the token at this position is the newest, read or not; `None`: anything. No
+    /// other row of its step can tell.
+    pub(super) fn going_on(&mut self, position: usize, stepper: &Stepper) -> Option<Array> {
+        let drawn = (position + 1).saturating_sub(self.prompt_tokens);
+        if drawn >= self.min_tokens || self.stop_tokens.is_empty() {
+            self.going_on = None;
+            return None;
+        }
+        let flags = self
+            .going_on
+            .get_or_insert_with(|| stepper.all_but(&self.stop_tokens));
+        Some(flags.clone())
+    }
+
+    /// As [`Self::going_on`], when all of its tokens have been read.
+    pub(super) fn going_on_read(&mut self, stepper: &Stepper) -> Option<Array> {
+        self.going_on((self.prompt_tokens + self.generated).saturating_sub(1), stepper)
     }
 
     /// Its prefill begins.

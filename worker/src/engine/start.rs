@@ -446,6 +446,7 @@ fn warm_up(
                     position,
                     slot: slot.ok_or_else(|| Exception::custom("a table too short"))?,
                     table,
+                    allowed: None,
                 })
             })
             .collect::<Result<Vec<_>, Exception>>()?;

@@ -151,6 +151,8 @@ pub(super) struct DecodeRow<'a> {
     pub(super) position: usize,
     pub(super) slot: (BlockId, usize),
     pub(super) table: &'a [BlockId],
+    /// See [`Stepper::flags`]; `None`: anything. Rows that [`Stepper::decode_undrawn`] steps are told later.
+    pub(super) allowed: Option<Array>,
 }
 
 /// A token that has been read.
@@ -310,7 +312,8 @@ impl Stepper {
     /// The next token of every row, from the draws of the step before. `samplers` has those of `rows`, in that order.
     pub(super) fn decode(&mut self, rows: &[DecodeRow<'_>], samplers: &mut [&mut Sampler]) -> Step {
         let forward = self.forward(rows, samplers)?;
-        self.draw_from(forward, None)
+        let flags = self.all_flags(rows.iter().map(|row| row.allowed.as_ref()))?;
+        self.draw_from(forward, flags.as_ref())
     }
 
     /// As [`Self::decode`], up to what is drawn from: [`Self::draw`] goes on when the tokens before have been read.
@@ -338,7 +341,7 @@ impl Stepper {
         let mut failed = Vec::new();
         for forward in std::mem::take(&mut self.undrawn) {
             let rows = forward.rows.clone();
-            let flags = self.all_flags(&rows, allowed);
+            let flags = self.all_flags(rows.iter().map(|id| allowed.get(id)));
             let drawn = flags.map_err(Fault::Graph);
             match drawn.and_then(|flags| self.draw_from(forward, flags.as_ref())) {
                 Ok(()) => {}
@@ -350,12 +353,12 @@ impl Stepper {
     }
 
     /// `[rows, vocab]`; `None`: all may draw everything.
-    fn all_flags(&self, rows: &[SeqId], allowed: &HashMap<SeqId, Array>) -> Result<Option<Array>> {
-        if !rows.iter().any(|id| allowed.contains_key(id)) {
+    fn all_flags<'a>(&self, rows: impl Iterator<Item = Option<&'a Array>> + Clone) -> Result<Option<Array>> {
+        if rows.clone().all(|row| row.is_none()) {
             return Ok(None);
         }
         let all = ops::broadcast_to(Array::from_bool(true), &[1, self.vocab])?;
-        let rows: Vec<&Array> = rows.iter().map(|id| allowed.get(id).unwrap_or(&all)).collect();
+        let rows: Vec<&Array> = rows.map(|row| row.unwrap_or(&all)).collect();
         ops::concatenate(&rows, 0).map(Some)
     }
 
@@ -363,6 +366,17 @@ impl Stepper {
     pub(super) fn flags(&self, allowed: &Allowed) -> Array {
         let mut flags = vec![false; usize::try_from(self.vocab).unwrap_or_default()];
         allowed.fill(&mut flags);
+        Array::from_slice(&flags, &[1, self.vocab])
+    }
+
+    /// The same of all tokens but these.
+    pub(super) fn all_but(&self, ids: &[u32]) -> Array {
+        let mut flags = vec![true; usize::try_from(self.vocab).unwrap_or_default()];
+        for &id in ids {
+            if let Some(flag) = flags.get_mut(usize::try_from(id).unwrap_or(usize::MAX)) {
+                *flag = false;
+            }
+        }
         Array::from_slice(&flags, &[1, self.vocab])
     }
 

@@ -83,7 +83,7 @@ fn submit(service: &Service, prompt: &ChatPrompt) -> Result<Vec<(Choice, Generat
         let choice = Choice::new(
             &service.tokenizer,
             prompt.generate.prompt.len(),
-            &options.stop,
+            (&options.stop, options.sampling.min_tokens),
             Some(parser),
             prompt.forced.as_ref().map_or("", |forced| &forced.text),
             prompt.single_call,

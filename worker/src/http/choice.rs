@@ -21,6 +21,8 @@ pub(super) struct Choice {
     tokenizer: TextTokenizer,
     detokenizer: Detokenizer,
     stops: StopMatcher,
+    /// Stop strings count from behind so many tokens on.
+    min_tokens: usize,
     /// `None` for completions: text is text.
     parser: Option<OutputParser>,
     single_call: bool,
@@ -46,7 +48,7 @@ impl Choice {
     pub(super) fn new(
         tokenizer: &TextTokenizer,
         prompt_tokens: usize,
-        stops: &[String],
+        (stops, min_tokens): (&[String], usize),
         mut parser: Option<OutputParser>,
         forced: &str,
         single_call: bool,
@@ -59,6 +61,7 @@ impl Choice {
             tokenizer: tokenizer.clone(),
             detokenizer: tokenizer.detokenizer(),
             stops: StopMatcher::new(stops.iter().cloned()),
+            min_tokens,
             parser,
             single_call,
             forced: deltas,
@@ -190,7 +193,12 @@ impl Choice {
     /// Brings `raw` past the stop strings and the parser; true when a stop string was met.
     fn show(&mut self, deltas: &mut Vec<Delta>) -> bool {
         self.shown.clear();
-        let stopped = self.stops.push(&self.raw, &mut self.shown).is_some();
+        let stopped = if self.completion_tokens <= self.min_tokens {
+            self.shown.push_str(&self.raw);
+            false
+        } else {
+            self.stops.push(&self.raw, &mut self.shown).is_some()
+        };
         self.parse(deltas);
         stopped
     }

@@ -98,7 +98,14 @@ fn submit(service: &Service, prompt: &CompletionPrompt) -> Result<Vec<(Choice, G
         .iter()
         .flat_map(|generate| std::iter::repeat_n(generate.prompt.len(), options.n));
     let choice = |(generation, prompt_tokens)| {
-        let choice = Choice::new(&service.tokenizer, prompt_tokens, &options.stop, None, "", false);
+        let choice = Choice::new(
+            &service.tokenizer,
+            prompt_tokens,
+            (&options.stop, options.sampling.min_tokens),
+            None,
+            "",
+            false,
+        );
         (choice, generation)
     };
     Ok(generations.into_iter().zip(prompts).map(choice).collect())

@@ -419,5 +419,6 @@ fn sampling(asked: &Sampling, default: &SamplingParams) -> SamplingParams {
         frequency_penalty: asked.frequency_penalty.unwrap_or(default.frequency_penalty),
         logit_bias: asked.logit_bias.clone(),
         seed: asked.seed,
+        min_tokens: asked.min_tokens,
     }
 }

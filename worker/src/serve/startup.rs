@@ -234,6 +234,7 @@ fn sampling(knobs: &Knobs, model: &GenerationDefaults) -> SamplingParams {
         frequency_penalty: single(knobs.default_frequency_penalty),
         logit_bias: Vec::new(),
         seed: None,
+        min_tokens: 0,
     }
 }
 

@@ -218,7 +218,7 @@ async fn parameters_belong_to_their_request() {
         .map(|i| {
             json!({"temperature": if i % 2 == 0 { 0.0 } else { 1.5 }, "top_k": i + 1, "top_p": 0.5, "min_p": 0.25,
                    "seed": i, "presence_penalty": 0.5, "frequency_penalty": -0.5, "repetition_penalty": 1.25,
-                   "logit_bias": {(i + 1).to_string(): 2.0}, "max_tokens": 10 + i, "stop_token_ids": [5 + i]})
+                   "logit_bias": {(i + 1).to_string(): 2.0}, "max_tokens": 10 + i, "min_tokens": i, "stop_token_ids": [5 + i]})
         })
         .collect();
     let replies = futures_util::future::join_all(bodies.iter().map(|body| server.chat(body.clone()))).await;
@@ -243,6 +243,7 @@ async fn parameters_belong_to_their_request() {
                 frequency_penalty: -0.5,
                 logit_bias: vec![(u32::try_from(i).unwrap() + 1, 2.0)],
                 seed: Some(i as u64),
+                min_tokens: i,
             }
         );
         assert_eq!(request.max_tokens, 10 + i);

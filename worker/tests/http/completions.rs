@@ -125,3 +125,27 @@ async fn a_character_of_several_tokens_has_one_place() {
         .collect();
     assert_eq!(json!(streamed), json!(expected));
 }
+
+/// Stop strings count from behind the tokens that the reply has at the least.
+#[tokio::test]
+async fn a_stop_string_before_the_least_length_is_text() {
+    let server = start(|_| stop(spell("abcabc"))).await;
+    for (min_tokens, text) in [(0, "a"), (1, "a"), (2, "abca"), (4, "abca"), (5, "abcabc")] {
+        let body = json!({"prompt": "x", "stop": ["b"], "min_tokens": min_tokens, "max_tokens": 10});
+        let reply = server.post("/v1/completions", &body).await;
+        assert_eq!(reply.json()["choices"][0]["text"], text, "{}", reply.text());
+    }
+    let asked: Vec<usize> = server
+        .backend
+        .requests()
+        .iter()
+        .map(|asked| asked.sampling.min_tokens)
+        .collect();
+    assert_eq!(asked, [0, 1, 2, 4, 5]);
+    let body = json!({"prompt": "x", "min_tokens": 11, "max_tokens": 10});
+    let reply = server.post("/v1/completions", &body).await;
+    assert_eq!(
+        (reply.status, &reply.json()["error"]["param"]),
+        (400, &json!("min_tokens"))
+    );
+}

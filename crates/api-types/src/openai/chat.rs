@@ -424,7 +424,12 @@ mod tests {
             (json!({"functions": []}), "functions", "tools"),
             (json!({"timeout": 0}), "timeout", "got 0"),
             (json!({"timeout": "1s"}), "timeout", "1s"),
-            (json!({"min_tokens": 5}), "min_tokens", "got 5"),
+            (json!({"min_tokens": -1}), "min_tokens", "-1"),
+            (
+                json!({"min_tokens": 6, "max_tokens": 5}),
+                "min_tokens",
+                "is 6, which is more than max_tokens (5)",
+            ),
             (
                 json!({"continue_final_message": true}),
                 "continue_final_message",

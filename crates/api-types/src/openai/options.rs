@@ -41,6 +41,8 @@ pub struct Sampling {
     pub logit_bias: Vec<(u32, f32)>,
     /// Any 64-bit number; negative ones as their bit pattern.
     pub seed: Option<u64>,
+    /// The reply does not end before so many tokens; at most `max_tokens`.
+    pub min_tokens: usize,
 }
 
 /// Everything that shapes a generation, beside the prompt.
@@ -109,6 +111,10 @@ impl GenerationOptions {
                         .ok_or_else(|| mismatch("seed", "a whole number", v))?,
                 ),
             },
+            min_tokens: f
+                .integer("min_tokens", 0, i64::MAX)?
+                .and_then(|n| usize::try_from(n).ok())
+                .unwrap_or(0),
         };
         let tokens = |name: &str| {
             let n = f.integer(name, 1, i64::MAX)?;
@@ -116,6 +122,13 @@ impl GenerationOptions {
         };
         let legacy = tokens("max_tokens")?;
         let max_tokens = tokens("max_completion_tokens")?.or(legacy);
+        if let Some(most) = max_tokens.filter(|most| *most < sampling.min_tokens) {
+            let least = sampling.min_tokens;
+            return Err(ApiError::invalid(
+                "min_tokens",
+                format!("is {least}, which is more than max_tokens ({most})"),
+            ));
+        }
         let n = f
             .integer("n", 1, MAX_N)?
             .and_then(|n| usize::try_from(n).ok())

@@ -18,11 +18,6 @@ const ROWS: &[Row] = &[
         "the length of the reasoning cannot be limited by itself; \"enable_thinking\": false turns it off, \
          max_tokens limits all of the reply",
     ),
-    (
-        "min_tokens",
-        zero,
-        "the end of a reply is not put off; ignore_eos goes on to max_tokens",
-    ),
     ("modalities", text_only, "this model writes text only"),
     ("prediction", never, SPECULATIVE),
     ("mllm_draft", off, SPECULATIVE),
@@ -40,10 +35,6 @@ fn never(_: &Value) -> bool {
 
 fn off(value: &Value) -> bool {
     *value == Value::Bool(false)
-}
-
-fn zero(value: &Value) -> bool {
-    *value == 0
 }
 
 fn text_only(value: &Value) -> bool {
@@ -80,7 +71,6 @@ mod tests {
             ("thinking_token_budget", json!(100)),
             ("modalities", json!(["text", "audio"])),
             ("modalities", json!("audio")),
-            ("min_tokens", json!(5)),
             ("prediction", json!({"type": "content", "content": "x"})),
             ("mllm_draft", json!(true)),
             ("specprefill", json!(true)),
@@ -93,7 +83,6 @@ mod tests {
             assert!(error.message.contains(&shown(&value)), "{}", error.message);
         }
         for (name, value) in [
-            ("min_tokens", json!(0)),
             ("modalities", json!(["text"])),
             ("modalities", json!([])),
             ("mllm_draft", json!(false)),
