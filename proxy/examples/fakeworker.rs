@@ -149,7 +149,7 @@ async fn control(socket: UnixStream, port: u16, stubborn: bool) {
         tokio::select! {
             _ = beat.tick() => {
                 steps += 1;
-                let event = WorkerEvent::Heartbeat(Heartbeat { steps, ..Heartbeat::default() });
+                let event = WorkerEvent::Heartbeat(Heartbeat { steps, kv_used_bytes: 7, kv_cached_bytes: 9, ..Heartbeat::default() });
                 let _ = write.write_all(to_line(&event).unwrap().as_bytes()).await;
             }
             line = lines.next_line() => match line {

@@ -1,4 +1,5 @@
-//! What the real program says of the machine: `/api/hardware`, `/api/performance`, and its share of `/metrics`.
+//! What the real program says of the machine: `/api/hardware`, `/api/performance`, and its share of `/metrics`; what
+//! a worker's heartbeat adds to that.
 #![allow(
     clippy::unwrap_used,
     clippy::expect_used,
@@ -129,4 +130,17 @@ fn measuring_can_be_switched_off_and_on_by_a_reload() {
             .then_some(())
     });
     assert_eq!(swapd.get("/api/performance").status, 200);
+}
+
+/// What only the prefix cache holds is not in use: a worker says both.
+#[test]
+fn a_workers_keys_and_values_in_use_and_cached() {
+    let swapd = Swapd::start("models: {m: {worker: {model: DIR}}}");
+    assert_eq!(swapd.chat("m", "").status, 200);
+    eventually("a heartbeat", Duration::from_secs(5), || {
+        let metrics = swapd.get("/metrics").body;
+        metrics
+            .contains("swapd_worker_kv_used_bytes{model=\"m\"} 7\n")
+            .then(|| assert!(metrics.contains("swapd_worker_kv_cached_bytes{model=\"m\"} 9\n")))
+    });
 }
