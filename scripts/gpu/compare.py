@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """mlxworker, asked through HTTP, beside mlx-lm's BatchGenerator, called directly, on one device in interleaved rounds.
 
-    compare.py MODEL --bin FOLDER --peer 'COMMAND' [--streams 1,4,8] [--tokens 128] [--rounds 3] [--prefill 2048,8192] [-- FLAGS]
+    compare.py MODEL --bin FOLDER --peer 'COMMAND' [--streams 1,4,8 | --streams ''] [--tokens 128] [--rounds 3] [--prefill 2048,8192] [-- FLAGS]
 
 FOLDER has mlxworker and mlx-bench. COMMAND starts batch_generator.py in an environment that has mlx-lm, as in
 'python3 scripts/gpu/batch_generator.py'; MODEL and --asked are appended. FLAGS go to mlxworker. Both keep the model loaded all
-the time, and only one of them works at a time. Greedy, the worker without penalties; then once more with its defaults, and eight
-prompts alone and together. Prints JSON lines and, at the end, a table of medians.
+the time, and only one of them works at a time. Greedy, the worker without penalties; then once more with its defaults, eight
+prompts alone and together, and new prompts. Prints JSON lines and, at the end, a table of medians.
 """
 import argparse
 import concurrent.futures
 import json
 import pathlib
+import random
 import shlex
 import socket
 import statistics
@@ -69,9 +70,12 @@ class Worker:
         return found["full_tokens_per_second"]["median"]
 
     def prompt_rate(self, length):
-        """Tokens a second of new prompts, until the first token has come."""
-        found = self.bench(GREEDY, "--streams", 1, "--requests", 2, "--prompt-tokens", length, "--tokens", 2)
-        return found["prompt_tokens"]["mean"] / found["ttft_ms"]["min"] * 1e3
+        """Tokens a second of a new prompt of exactly so many tokens, until the first token has come: the whole reply, which
+        has one. On CUDA MLX makes an attention for each new length, some 100 ms, whoever asks first."""
+        prompt = [random.randrange(10, 1000) for _ in range(length)]
+        began = time.perf_counter()
+        self.complete(prompt, 1)
+        return length / (time.perf_counter() - began)
 
     def complete(self, prompt, tokens):
         body = dict(GREEDY, model="model", prompt=prompt, max_tokens=tokens, ignore_eos=True)
@@ -117,7 +121,7 @@ def main():
     mine = given.index("--") if "--" in given else len(given)
     options = arguments.parse_args(given[:mine])
     options.flags = given[mine + 1:]
-    all_streams = [int(n) for n in options.streams.split(",")]
+    all_streams = [int(n) for n in options.streams.split(",") if n]
     worker = Worker(options)
     peer = None
     try:
@@ -147,16 +151,22 @@ def measure(worker, peer, all_streams, options):
     for n in all_streams:
         say(streams=n, mlxworker=round(middle(ours[n]), 1), peer=round(middle(theirs[n]), 1),
             ratio=round(middle(a / b for a, b in zip(ours[n], theirs[n])), 2))
-    defaults = {n: worker.rate(n, options, {}) for n in all_streams}
-    say(what="with the default sampling's penalties, greedy", tokens_per_second=defaults)
-    say(what="replies equal alone and together", equal=worker.alone_and_together(8, 64), of=8)
+    if all_streams:
+        defaults = {n: worker.rate(n, options, {}) for n in all_streams}
+        say(what="with the default sampling's penalties, greedy", tokens_per_second=defaults)
+        say(what="replies equal alone and together", equal=worker.alone_and_together(8, 64), of=8)
     for length in [int(n) for n in options.prefill.split(",") if n]:
-        # The first of each compiles.
-        for _ in range(2):
-            say(what="mlxworker, a new prompt", tokens=length, tokens_per_second=round(worker.prompt_rate(length), 1))
-        for _ in range(2):
-            found = peer.ask(prefill=length)
-            say(what="the peer, a new prompt", tokens=length, tokens_per_second=found["tok_s"], peak_gb=found["peak_gb"])
+        found = {"mlxworker": [], "peer": []}
+        # The first of each compiles, and does not count.
+        for round_ in range(options.rounds + 1):
+            found["mlxworker"].append(worker.prompt_rate(length))
+            asked = peer.ask(prefill=length)
+            found["peer"].append(asked["tok_s"])
+            say(what="a new prompt", tokens=length, round=round_, mlxworker=round(found["mlxworker"][-1], 1),
+                peer=asked["tok_s"], peers_peak_gb=asked["peak_gb"])
+        ours, theirs = found["mlxworker"][1:], found["peer"][1:]
+        say(what="new prompts", tokens=length, mlxworker=round(middle(ours), 1), peer=round(middle(theirs), 1),
+            ratio=round(middle(a / b for a, b in zip(ours, theirs)), 2))
 
 
 if __name__ == "__main__":
