@@ -13,6 +13,10 @@ use super::weights::Weights;
 /// From this many (token, expert) pairs on, sorting them by expert pays: MLX then reads each expert's matrix once.
 const SORT_FROM: i32 = 64;
 
+/// Most (token, expert) pairs computed together. MLX's CUDA build starts a group of threads for each pair along an axis that
+/// ends at 65,535; Metal kernels of 0.32 for the matrix units of an M5 count rows in 16 bits in places.
+const MOST_PAIRS: i32 = if cfg!(test) { 96 } else { 32_767 };
+
 #[derive(Debug)]
 pub(super) struct Experts {
     router: Linear,
@@ -63,6 +67,19 @@ impl Experts {
 
     /// `x`: `[1, length, hidden]`, and so the result.
     pub(super) fn forward(&self, x: &Array) -> Result<Array> {
+        let (length, most) = (x.dim(1), (MOST_PAIRS / self.active.max(1)).max(1));
+        if length <= most {
+            return self.together(x);
+        }
+        let mut parts = Vec::new();
+        for start in (0..length).step_by(most.unsigned_abs() as usize) {
+            let end = length.min(start + most);
+            parts.push(self.together(&mlx_ext::ops::slice(x, &[0, start, 0], &[1, end, x.dim(2)])?)?);
+        }
+        ops::concatenate(&parts, 1)
+    }
+
+    fn together(&self, x: &Array) -> Result<Array> {
         let length = x.dim(1);
         let scores = ops::softmax_axis(self.router.apply(x)?, -1, true)?;
         let ranked = ops::argpartition_axis(&scores, -self.active, -1)?;
@@ -153,4 +170,51 @@ fn load_stack(
             affine,
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::model::kv::{Chunk, Span};
+    use crate::model::{LoadOptions, Model};
+
+    /// The scores after `count` tokens, computed in chunks of `each`.
+    fn scores(model: &Model, count: i32, each: i32) -> Vec<f32> {
+        let kv = model.new_kv(count, None).unwrap();
+        let mut last = None;
+        for start in (0..count).step_by(each.unsigned_abs() as usize) {
+            let length = each.min(count - start);
+            let tokens: Vec<i32> = (start..start + length).map(|n| (n * 37 + 5) % 120).collect();
+            let chunk = Chunk {
+                start,
+                writes: &[Span { start, length }],
+                reads: &[Span {
+                    start: 0,
+                    length: start + length,
+                }],
+            };
+            let tokens = Array::from_slice(&tokens, &[1, length]);
+            let (hidden, written) = model.prefill(&tokens, &chunk, &kv).unwrap();
+            mlx_rs::transforms::eval(&written).unwrap();
+            last = Some(model.last_logits(&hidden).unwrap());
+        }
+        let scores = last.unwrap().as_type::<f32>().unwrap();
+        scores.to_vec_cast::<f32>().unwrap()
+    }
+
+    #[test]
+    fn more_pairs_than_are_computed_together() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/moe-f32-tied");
+        let options = LoadOptions {
+            mapped: false,
+            expand: false,
+        };
+        let model = Model::load(&folder, options, &mut |_| {}).unwrap();
+        // 130 tokens have 260 pairs, which are three parts; 40 have 80, one.
+        let (parted, whole) = (scores(&model, 130, 130), scores(&model, 130, 40));
+        let differences = parted.iter().zip(&whole).map(|(a, b)| (a - b).abs());
+        assert!(differences.fold(0.0, f32::max) < 1e-4, "{parted:?} {whole:?}");
+    }
 }
