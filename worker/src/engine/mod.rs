@@ -3,6 +3,7 @@
 //! | module     | idea                                                      |
 //! |------------|-----------------------------------------------------------|
 //! | `start`    | a configuration to a model that has run                   |
+//! | `warm_up`  | the first steps, at the shapes that matter                |
 //! | `run`      | the thread's loop: take requests, step, tell readers      |
 //! | `stepper`  | what the scheduler plans, carried out one step ahead      |
 //! | `places`   | where a sequence lies in the slabs                        |
@@ -25,6 +26,7 @@ mod sequence;
 mod start;
 mod stats;
 mod stepper;
+mod warm_up;
 
 use std::path::PathBuf;
 use std::sync::Arc;
