@@ -213,6 +213,7 @@ impl Walk {
                 if self.guarded(|matcher| matcher.validate_tokens(&[token]))? == 0 {
                     return Ok(false);
                 }
+                self.place = Place::Text;
             }
             _ => self.place = Place::Text,
         }

@@ -306,6 +306,20 @@ fn walks_of_one_form_are_independent() {
 }
 
 #[test]
+fn line_breaks_that_the_text_begins_with_are_the_texts() {
+    let constraint = grammars().compile(&Form::Regex("\n+yes".to_owned())).unwrap();
+    let opening = Opening {
+        thinking: Thinking::Inside { close: UNTHINK },
+        instead: Some(CALL),
+    };
+    let mut walk = constraint.walk(opening, &[STOP]);
+    assert!(!walk.take(UNTHINK).unwrap());
+    assert!(ids(&mut walk).contains(&CALL));
+    assert!(!walk.take(u32::from(b'\n')).unwrap());
+    assert!(!ids(&mut walk).contains(&CALL), "the text has begun");
+}
+
+#[test]
 fn reasoning_comes_first_and_is_free() {
     let constraint = grammars().compile(&Form::Choice(vec!["yes".into()])).unwrap();
     let yes = [u32::from(b'y'), 256 + 13];

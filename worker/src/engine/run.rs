@@ -157,6 +157,8 @@ impl<'a> Loop<'a> {
             Err(panic) => format!("panic: {}", panic_message(panic.as_ref())),
         };
         self.fail_all(&EngineError::Dead(reason.clone()));
+        // What is in flight stays there.
+        self.counters.busy.store(false, Relaxed);
         dead(state, reason);
         // On a device that has failed for good, giving an array back fails too, and MLX ends the process for that before anybody
         // has said why. It ends anyway.
@@ -463,16 +465,16 @@ impl<'a> Loop<'a> {
     /// Ends the sequences whose part of a step could not be built, and those that share what it should have written.
     fn fail(&mut self, rows: &[SeqId], error: &Exception) -> Result<(), Broken> {
         let gone = self.scheduler.fail(rows);
-        self.answer(gone, error);
-        self.probe(error)
+        let told = self.answer(gone, error);
+        self.probe(error, told)
     }
 
     /// The device failed: ends all that runs, since none of it can be told apart from what failed.
     fn fail_running(&mut self, error: &Exception) -> Result<(), Broken> {
         let gone = self.scheduler.fail_running();
-        self.answer(gone, error);
+        let told = self.answer(gone, error);
         self.stepper.outlast();
-        self.probe(error)?;
+        self.probe(error, told)?;
         self.stepper.clear();
         // A device that adds two numbers may still have nothing to read its weights from, and would fail with every request.
         match weights::lost(&self.weight_files, LOOK_LIMIT) {
@@ -484,28 +486,30 @@ impl<'a> Loop<'a> {
         }
     }
 
-    /// Tells the readers of sequences that are gone.
-    fn answer(&mut self, gone: Vec<SeqId>, error: &Exception) {
+    /// Tells the readers of sequences that are gone; gives these.
+    fn answer(&mut self, gone: Vec<SeqId>, error: &Exception) -> Vec<Sequence> {
         tracing::error!(error = error.what(), requests = gone.len(), "a step failed");
-        for id in gone {
-            if let Some(sequence) = self.sequences.remove(&id) {
-                sequence.fail(EngineError::Step(error.what().to_owned()));
-            }
+        let told: Vec<Sequence> = gone.iter().filter_map(|id| self.sequences.remove(id)).collect();
+        for sequence in &told {
+            sequence.fail(EngineError::Step(error.what().to_owned()));
         }
+        told
     }
 
-    /// When MLX cannot even add two numbers any more, the engine is done for.
-    fn probe(&self, error: &Exception) -> Result<(), Broken> {
-        self.stepper
-            .probe()
-            .map_err(|second| Broken(format!("{}; and then: {}", error.what(), second.what())))
+    /// When MLX cannot even add two numbers any more, the engine is done for, and the arrays of who has been told are not given
+    /// back either: see [`Self::serve`].
+    fn probe(&self, error: &Exception, told: Vec<Sequence>) -> Result<(), Broken> {
+        self.stepper.probe().map_err(|second| {
+            std::mem::forget(told);
+            Broken(format!("{}; and then: {}", error.what(), second.what()))
+        })
     }
 
     fn fail_all(&mut self, error: &EngineError) {
         while let Ok(command) = self.inbox.try_recv() {
             self.take(command);
         }
-        for (id, sequence) in self.sequences.drain() {
+        for (&id, sequence) in &self.sequences {
             self.scheduler.cancel(id);
             sequence.fail(error.clone());
         }
@@ -518,8 +522,8 @@ impl<'a> Loop<'a> {
         let busy = !self.scheduler.is_idle() || self.stepper.is_flying();
         counters.busy.store(busy, Relaxed);
         let usage = self.scheduler.usage();
-        counters.kv_used_bytes.store(usage.running_bytes, Relaxed);
         counters.kv_cached_bytes.store(usage.cached_bytes, Relaxed);
+        counters.kv_used_bytes.store(usage.running_bytes, Relaxed);
         counters.cache(&self.scheduler.totals(), &self.scheduler.counters());
         counters.turned();
     }

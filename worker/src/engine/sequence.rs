@@ -136,7 +136,7 @@ impl Sequence {
     }
 
     /// Tells the reader that nothing more will come.
-    pub(super) fn fail(self, error: EngineError) {
+    pub(super) fn fail(&self, error: EngineError) {
         self.send(GenerationEvent::Failed(error));
     }
 

@@ -41,6 +41,8 @@ enum Failure {
     Vocabulary(String),
     /// It is not found in time.
     Slow,
+    /// Others' are being looked for.
+    Busy,
 }
 
 impl Failure {
@@ -58,6 +60,10 @@ impl Failure {
                 let reason = format!("is too complex: it is not compiled after {limit} s");
                 (reason, "invalid_constraint")
             }
+            Self::Busy => {
+                let reason = format!("{field}: other requests' forms are being compiled");
+                return ApiError::unavailable("constraint_compiler_busy", reason, Some(1));
+            }
         };
         ApiError::invalid(field, reason).with_code(code)
     }
@@ -69,7 +75,7 @@ impl Failure {
 /// 400 naming the field, with the library's reason, or because it takes too long; 503 while others compile.
 pub(super) async fn compile(service: &Arc<Service>, asked: &AskedForm) -> Result<Constraint, ApiError> {
     let form = form(&asked.form);
-    let compiled = on_a_thread(service, &asked.field, move |grammars| {
+    let compiled = on_a_thread(service, move |grammars, _| {
         grammars
             .compile(&form)
             .map_err(|error| Failure::Form(error.to_string()))
@@ -89,12 +95,12 @@ pub(super) async fn compile_calls(
     forced: &Arc<Forced>,
 ) -> Result<Option<Constraint>, ApiError> {
     let for_thread = Arc::clone(forced);
-    let compiled = on_a_thread(service, "tool_choice", move |grammars| {
+    let compiled = on_a_thread(service, move |grammars, wanted| {
         match grammars.compile(&Form::Calls(for_thread.calls.clone())) {
             Ok(constraint) => Ok(constraint),
             // One tool's schema may be the reason: the others are bound all the same.
             Err(_) => {
-                let calls = Form::Calls(without_what_cannot_be_compiled(grammars, &for_thread)?);
+                let calls = Form::Calls(without_what_cannot_be_compiled(grammars, &for_thread, wanted)?);
                 grammars
                     .compile(&calls)
                     .map_err(|error| Failure::Form(error.to_string()))
@@ -119,9 +125,17 @@ pub(super) async fn compile_calls(
     Ok(None)
 }
 
-fn without_what_cannot_be_compiled(grammars: &Grammars, forced: &Forced) -> Result<Calls, Failure> {
+/// `wanted`: somebody still waits.
+fn without_what_cannot_be_compiled(
+    grammars: &Grammars,
+    forced: &Forced,
+    wanted: &dyn Fn() -> bool,
+) -> Result<Calls, Failure> {
     let mut calls = forced.calls.clone();
     for (at, ((_, schema), source)) in calls.tools.iter_mut().zip(&forced.schemas).enumerate() {
+        if !wanted() {
+            return Err(Failure::Slow);
+        }
         if let Err(error) = grammars.compile(&Form::JsonSchema(schema.clone())) {
             if source.strict {
                 return Err(Failure::Tool(at, error.to_string()));
@@ -133,28 +147,20 @@ fn without_what_cannot_be_compiled(grammars: &Grammars, forced: &Forced) -> Resu
     Ok(calls)
 }
 
-/// Runs `work` on a thread of its own. Nothing that a client can write holds up anybody but who asks for forms.
+/// Runs `work` on a thread of its own; it can ask whether somebody still waits. Nothing that a client can write holds up anybody
+/// but who asks for forms, and who forces a call for as long as one may take to be compiled.
 ///
 /// # Errors
-/// 503 while others compile.
+/// 500: no thread.
 async fn on_a_thread(
     service: &Arc<Service>,
-    field: &str,
-    work: impl FnOnce(&Grammars) -> Result<Constraint, Failure> + Send + 'static,
+    work: impl FnOnce(&Grammars, &dyn Fn() -> bool) -> Result<Constraint, Failure> + Send + 'static,
 ) -> Result<Result<Constraint, Failure>, ApiError> {
-    let busy = || {
-        ApiError::unavailable(
-            "constraint_compiler_busy",
-            format!("{field}: other requests' forms are being compiled"),
-            Some(1),
-        )
-    };
     let limit = service.config.compile_limit;
     let places = Arc::clone(&service.compiler.places);
-    let place = timeout(limit, places.acquire_owned())
-        .await
-        .map_err(|_| busy())?
-        .map_err(|_| busy())?;
+    let Ok(Ok(place)) = timeout(limit, places.acquire_owned()).await else {
+        return Ok(Err(Failure::Busy));
+    };
     let (answer, answered) = oneshot::channel();
     let for_thread = Arc::clone(service);
     // Not one of the runtime's threads: these have too little stack for a schema that is nested without end.
@@ -162,7 +168,8 @@ async fn on_a_thread(
         .name("constraint".to_owned())
         .stack_size(Grammars::STACK)
         .spawn(move || {
-            let compiled = grammars(&for_thread).and_then(work);
+            let wanted = || !answer.is_closed();
+            let compiled = grammars(&for_thread).and_then(|grammars| work(grammars, &wanted));
             drop(for_thread);
             // Nobody may wait any more.
             let _ = answer.send(compiled);

@@ -353,11 +353,11 @@ fn generate(
     // What the KV cache has no room for cannot be generated either, and the reply to who asked for more says so. A prompt that leaves none at
     // all is the engine's to refuse, with its numbers.
     let room = room.min(info.most_tokens().saturating_sub(prompt.len()).max(1));
-    let asked = options.max_tokens;
-    let max_tokens = asked
-        .unwrap_or(config.default_max_tokens)
-        .min(config.max_request_tokens)
-        .min(room);
+    let least = options.sampling.min_tokens;
+    let wanted = options.max_tokens.unwrap_or(config.default_max_tokens.max(least));
+    let max_tokens = wanted.min(config.max_request_tokens).min(room);
+    // The default is nobody's wish, a least length is.
+    let asked = options.max_tokens.or((least > 0).then_some(least));
     let clamped = asked.filter(|asked| *asked > max_tokens).map(|asked| Clamped {
         asked,
         allowed: max_tokens,

@@ -148,4 +148,17 @@ async fn a_stop_string_before_the_least_length_is_text() {
         (reply.status, &reply.json()["error"]["param"]),
         (400, &json!("min_tokens"))
     );
+    // The default length (100) gives way to it, the cap (200) does not and says so.
+    for (min_tokens, max_tokens, clamped) in [
+        (50, 100, None),
+        (150, 150, None),
+        (250, 200, Some("asked=250, allowed=200")),
+    ] {
+        let body = json!({"prompt": "x", "min_tokens": min_tokens});
+        let reply = server.post("/v1/completions", &body).await;
+        assert_eq!(reply.status, 200, "{}", reply.text());
+        let said = reply.headers.get("x-max-tokens-clamped");
+        assert_eq!(said.map(|said| said.to_str().unwrap()), clamped);
+        assert_eq!(server.backend.requests().last().unwrap().max_tokens, max_tokens);
+    }
 }

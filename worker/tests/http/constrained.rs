@@ -262,6 +262,17 @@ async fn compilers_are_few_and_have_little_time() {
     );
     assert_eq!(server.chat(json!({})).await.status, 200);
     assert_eq!(server.backend.requests().len(), 1);
+    // Who forces a call and does not insist on its schema does without, as before there were forms.
+    let mut asked = json!({"tools": tools(), "tool_choice": "required"});
+    let reply = server.chat(asked.clone()).await;
+    assert_eq!(reply.status, 200, "{}", reply.text());
+    assert!(server.backend.requests()[1].constraint.is_none());
+    asked["tools"][0]["function"]["strict"] = json!(true);
+    let reply = server.chat(asked).await;
+    assert_eq!(
+        (reply.status, &reply.json()["error"]["code"]),
+        (503, &json!("constraint_compiler_busy"))
+    );
     assert_eq!(server.backend.stats().running, 0);
 }
 

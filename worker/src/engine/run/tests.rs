@@ -302,6 +302,33 @@ fn a_device_that_is_lost_ends_the_engine_and_every_request() {
     assert_eq!(held.send(()), Ok(()));
 }
 
+/// Giving an array back to a device that has failed may end the process: nothing is let go of before everybody has been told.
+#[test]
+fn what_has_failed_is_kept_until_it_has_been_told() {
+    std::thread::spawn(|| {
+        let (parts, _) = start::start(config(), &mut |_| {}).unwrap();
+        let (_commands, inbox) = sync_channel(1);
+        let (counters, stopping) = (Arc::new(Counters::new()), AtomicBool::new(false));
+        let mut engine = Loop::new(parts, &counters, &inbox, &stopping);
+        let (events, _receiver) = mpsc::channel(64);
+        let arrival = Arrival {
+            request: request(prompt(10, 1), 5),
+            events,
+            place: Counters::place(&counters, 64).unwrap(),
+        };
+        engine.submit(arrival, SeqId(0));
+        assert!(engine.step().is_ok());
+        engine.stepper.begin();
+        engine.stepper.faults.rows = Some(1);
+        assert!(engine.stepper.read().is_err());
+        assert!(engine.stepper.is_flying());
+        assert!(engine.stepper.read().is_ok());
+        assert!(!engine.stepper.is_flying());
+    })
+    .join()
+    .unwrap();
+}
+
 /// After its volume has gone, a device that can only add is one that fails with every request, for ever.
 #[test]
 fn a_device_whose_weight_file_is_gone_ends_the_engine_and_names_the_file() {
