@@ -155,6 +155,9 @@ def measure(worker, peer, all_streams, options):
         defaults = {n: worker.rate(n, options, {}) for n in all_streams}
         say(what="with the default sampling's penalties, greedy", tokens_per_second=defaults)
         say(what="replies equal alone and together", equal=worker.alone_and_together(8, 64), of=8)
+    if not all_streams:
+        # On CUDA a long prompt as the peer's very first work was not answered within a minute, once.
+        peer.ask(streams=1, prompt_tokens=64, tokens=4)
     for length in [int(n) for n in options.prefill.split(",") if n]:
         found = {"mlxworker": [], "peer": []}
         # The first of each compiles, and does not count.
