@@ -250,9 +250,7 @@ impl MemoryPlan {
     ) -> Result<Self, DoesNotFit> {
         let share = share_of(facts.device.bytes, wishes.utilization);
         let ceiling_bytes = share.min(facts.device.free_bytes.unwrap_or(u64::MAX));
-        let block_bytes = facts
-            .kv_bytes_per_token
-            .saturating_mul(wishes.block_size.max(1) as u64);
+        let block_bytes = block_bytes(facts, wishes);
         let kv_blocks = wished_blocks(facts, wishes);
         let mut plan = Self {
             facts: *facts,
@@ -438,14 +436,18 @@ impl fmt::Display for DoesNotFit {
 
 impl std::error::Error for DoesNotFit {}
 
+fn block_bytes(facts: &MemoryFacts, wishes: &MemoryWishes) -> u64 {
+    let tokens = wishes.block_size.max(1) as u64;
+    facts.kv_bytes_per_token.saturating_mul(tokens)
+}
+
 /// Blocks of the KV cache that is asked for.
 pub(super) fn wished_blocks(facts: &MemoryFacts, wishes: &MemoryWishes) -> usize {
-    let block_bytes = facts
-        .kv_bytes_per_token
-        .saturating_mul(wishes.block_size.max(1) as u64);
     let wished = wishes.kv_bytes.unwrap_or_else(|| default_kv(facts, wishes));
     // A model without keys and values needs no memory for any number of blocks.
-    let blocks = wished.checked_div(block_bytes).unwrap_or(u64::from(u32::MAX));
+    let blocks = wished
+        .checked_div(block_bytes(facts, wishes))
+        .unwrap_or(u64::from(u32::MAX));
     usize::try_from(blocks)
         .unwrap_or(usize::MAX)
         .min(wishes.max_blocks.unwrap_or(usize::MAX))

@@ -55,8 +55,8 @@ pub struct KvSlabs {
 /// and values look like slices of mlx-lm's cache: of a buffer of a multiple of 256 positions. It takes the first positions of
 /// that buffer then, whatever the slice was. Ours begin anywhere, so no slab has such a length there.
 fn axis(positions: i32, language: Option<Language>) -> i32 {
-    const PEER_STEP: i32 = 256;
-    positions + i32::from(language == Some(Language::Cuda) && positions % PEER_STEP == 0)
+    const THEIR_MULTIPLE: i32 = 256;
+    positions + i32::from(language == Some(Language::Cuda) && positions % THEIR_MULTIPLE == 0)
 }
 
 impl KvSlabs {

@@ -62,8 +62,7 @@ pub(in crate::model) enum Feed {
     },
 }
 
-/// Graphs that are kept: MLX gives each of their nodes a text of its own, which makes some 4 MB for a model of 48 layers. Building
-/// one anew takes as long as a few steps.
+/// Graphs that are kept. MLX gives each of their nodes a copy of its kernel's text, and steps of all shapes would keep them all.
 const MOST_GRAPHS: usize = 32;
 
 /// The decoder.
