@@ -9,7 +9,8 @@
 
 mod common;
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, SystemTime};
@@ -180,4 +181,38 @@ fn head_finds_its_model_in_the_query() {
     let swapd = Swapd::start("models: {m: {worker: {model: DIR}}}");
     let reply = swapd.open("HEAD", "/v1/audio/voices?model=m", "", "");
     assert_eq!(reply.status, 200);
+}
+
+/// Clients write all of a request before they look for an answer. The connection goes on afterwards.
+#[test]
+fn a_refusal_reaches_a_client_that_is_still_writing() {
+    let swapd = Swapd::start("maxBodySize: 1\napiKeys: [right]\nmodels: {org/m: {worker: {model: DIR}}}");
+    let body = " ".repeat(32 << 20);
+    let chat = "POST /v1/chat/completions";
+    let cases = [
+        (chat, "Authorization: Bearer right\r\n", "413"),
+        (chat, "Authorization: Bearer wrong\r\n", "401"),
+        ("POST /nowhere", "", "404"),
+        ("POST /v1/models", "", "405"),
+    ];
+    let mut stream = TcpStream::connect(&swapd.address).unwrap();
+    stream.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    for (route, headers, status) in cases {
+        let length = body.len();
+        let head = format!("{route} HTTP/1.1\r\nHost: test\r\nContent-Length: {length}\r\n{headers}\r\n");
+        stream.write_all(head.as_bytes()).unwrap();
+        stream.write_all(body.as_bytes()).unwrap();
+        let mut reader = BufReader::new(&mut stream);
+        let mut lines = reader.by_ref().lines().map(Result::unwrap);
+        let first = lines.next().unwrap();
+        assert_eq!(first.split(' ').nth(1), Some(status), "{route}: {first}");
+        let length = lines
+            .take_while(|l| !l.is_empty())
+            .filter_map(|l| l.to_lowercase().strip_prefix("content-length: ")?.parse().ok())
+            .last();
+        let mut answer = vec![0; length.unwrap()];
+        reader.read_exact(&mut answer).unwrap();
+        let answer: serde_json::Value = serde_json::from_slice(&answer).unwrap();
+        assert!(answer["error"]["message"].is_string(), "{answer}");
+    }
 }

@@ -8,7 +8,6 @@ use api_types::error::ApiError;
 use bytes::{Bytes, BytesMut};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use http_body_util::BodyExt;
-use hyper::body::Incoming;
 use lifecycle::CutReason;
 use tokio::sync::mpsc;
 use tokio::time::Sleep;
@@ -24,6 +23,9 @@ use crate::upstream;
 
 /// How long the death of a process may take to be seen after its connection was closed.
 const DEATH: Duration = Duration::from_millis(50);
+
+/// A request's body as it comes in. What nobody reads of it does not cost the client its answer.
+pub type Incoming = linger::Body<hyper::body::Incoming>;
 
 /// Why a request's body could not be read.
 #[derive(Debug)]

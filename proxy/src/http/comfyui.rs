@@ -6,11 +6,11 @@ use std::sync::Arc;
 use api_types::error::ApiError;
 use http::header::{HeaderValue, LOCATION};
 use http::{Request, Response, StatusCode, Uri};
-use hyper::body::Incoming;
+
 use lifecycle::State;
 
 use super::auth::Access;
-use super::body::Body;
+use super::body::{Body, Incoming};
 use super::{App, error, forward};
 use crate::catalog::Catalog;
 

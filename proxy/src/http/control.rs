@@ -6,14 +6,14 @@ use api_types::error::ApiError;
 use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{Request, Response, StatusCode};
-use hyper::body::Incoming;
+
 use lifecycle::{ModelId, State};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 
 use super::auth::Access;
-use super::body::Body;
+use super::body::{Body, Incoming};
 use super::error;
 use super::listing;
 use super::routes::Route;

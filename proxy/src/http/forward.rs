@@ -10,12 +10,12 @@ use http::header::{self, HeaderValue};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Method, Request, Response, Uri};
-use hyper::body::Incoming;
+
 use lifecycle::{ModelId, State};
 
 use super::App;
 use super::auth::Access;
-use super::body::{self, Body, ReadError, Source, UpstreamBody};
+use super::body::{self, Body, Incoming, ReadError, Source, UpstreamBody};
 use super::dialect::Dialect;
 use super::error;
 use super::extract::{self, Place};

@@ -27,12 +27,12 @@ use std::sync::Arc;
 use api_types::error::ApiError;
 use http::header::{self, HeaderValue};
 use http::{Method, Request, Response};
-use hyper::body::Incoming;
+
 use parking_lot::Mutex;
 
 use self::access::Counted;
 use self::auth::Access;
-use self::body::Body;
+use self::body::{Body, Incoming};
 use self::routes::Route;
 use crate::activity::Activity;
 use crate::house::House;

@@ -17,12 +17,12 @@ use http::uri::PathAndQuery;
 use http::{Request, Response, StatusCode};
 use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt, Limited};
-use hyper::body::Incoming;
+
 use lifecycle::ModelId;
 use serde_json::{Value, json};
 
 use super::auth::Access;
-use super::body::{Body, Broken};
+use super::body::{Body, Broken, Incoming};
 use super::extract::Place;
 use super::{App, error, forward};
 use crate::activity::{ForwardedAt, rfc3339, unix_ms};

@@ -10,12 +10,12 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Request, Response, StatusCode};
-use hyper::body::Incoming;
+
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncWriteExt;
 
 use super::App;
-use super::body::{Body, Source};
+use super::body::{Body, Incoming, Source};
 use super::dialect::Dialect;
 use super::error;
 use super::extract::{self, Place};

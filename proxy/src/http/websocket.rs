@@ -8,13 +8,13 @@ use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
-use hyper::body::Incoming;
+
 use hyper_util::rt::TokioIo;
 use lifecycle::{ModelId, State};
 use tokio::io::AsyncWriteExt;
 
 use super::App;
-use super::body::Body;
+use super::body::{Body, Incoming};
 use super::error;
 use super::forward::prefixed;
 use super::headers::{shown, tidy_request};

@@ -50,6 +50,8 @@ use std::hash::{BuildHasher, Hasher, RandomState};
 use std::sync::Arc;
 
 use axum::Router;
+use axum::body::Body;
+use axum::extract::Request;
 use axum::routing::{delete, get, post};
 
 pub use footprint::{FootprintReading, LoadReport};
@@ -75,7 +77,13 @@ pub fn router(service: Arc<Service>) -> Router {
         .route("/health", get(info::health))
         .fallback(errors::no_such_path)
         .method_not_allowed_fallback(errors::no_such_method)
+        .layer(axum::middleware::map_request(lingering))
         .with_state(service)
+}
+
+/// What nobody reads of a request's body does not cost the client its answer.
+async fn lingering(request: Request) -> Request {
+    linger::Body::of(request).map(Body::new)
 }
 
 /// 24 hexadecimal digits that no other request has. Unique, not secret.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use mlxworker::backend::SubmitError;
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::support::*;
 
@@ -262,4 +263,38 @@ async fn a_body_without_a_length_is_counted() {
         .unwrap();
     let response = sender.send_request(request).await.unwrap();
     assert_eq!(response.status(), 413);
+}
+
+/// Clients write all of a request before they look for an answer.
+#[tokio::test]
+async fn a_refusal_reaches_a_client_that_is_still_writing() {
+    let server = start_with(
+        |c| {
+            c.max_body = 100;
+            c.api_key = Some("right".to_owned());
+        },
+        |_| panic!("no request gets here"),
+    )
+    .await;
+    let body = " ".repeat(32 << 20);
+    let chat = "POST /v1/chat/completions";
+    let cases = [
+        (chat, "Authorization: Bearer right\r\n", "413"),
+        (chat, "Authorization: Bearer wrong\r\n", "401"),
+        ("POST /nowhere", "", "404"),
+        ("POST /health", "", "405"),
+    ];
+    for (route, headers, status) in cases {
+        let mut stream = tokio::net::TcpStream::connect(server.address).await.unwrap();
+        let length = body.len();
+        let head = format!(
+            "{route} HTTP/1.1\r\nHost: test\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
+        );
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(body.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer.split(' ').nth(1), Some(status), "{route}: {answer}");
+        assert!(answer.contains(r#"{"error":{"message":"#), "{route}: {answer}");
+    }
 }
