@@ -10,6 +10,12 @@ use mlxworker::engine::bench::{self, Wish};
 use mlxworker::serve::{Failed, HubPlaces};
 use tracing_subscriber::EnvFilter;
 
+/// The whole program's, MLX included: a step's graph is some thousand small pieces of memory, taken by one thread and given back by
+/// another, which glibc makes wait for each other (docs/adr/allocator.md).
+#[cfg(target_os = "linux")]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// A command line that makes no sense.
 const USAGE: u8 = 2;
 
