@@ -12,7 +12,7 @@ use tracing_subscriber::EnvFilter;
 
 /// The whole program's, MLX included: a step's graph is some thousand small pieces of memory, taken by one thread and given back by
 /// another, which glibc makes wait for each other (docs/adr/allocator.md).
-#[cfg(target_os = "linux")]
+#[cfg(all(target_os = "linux", feature = "mimalloc"))]
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
