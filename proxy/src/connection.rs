@@ -51,7 +51,7 @@ pub(crate) struct Caller {
 
 impl Caller {
     async fn answer(self, request: Request<Incoming>) -> Result<Response<Counted>, Infallible> {
-        let request = linger::Body::of(request);
+        let request = linger::Body::wrap(request);
         match self.front {
             Front::All => handle(self.app, self.client, request).await,
             Front::Ollama => handle_ollama(self.app, self.client, request).await,

@@ -9,7 +9,6 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use bytes::Buf;
 use http::{Request, Version, header};
 use http_body::{Frame, SizeHint};
 use http_body_util::BodyExt;
@@ -17,26 +16,25 @@ use http_body_util::BodyExt;
 /// Longest that the rest of a body is taken in; then the connection is closed as it is.
 pub const LIMIT: Duration = Duration::from_secs(10);
 
+/// A body that a task of its own can read to its end.
+pub trait Readable: http_body::Body<Data: Send, Error: Send> + Send + Unpin + 'static {}
+
+impl<B: http_body::Body<Data: Send, Error: Send> + Send + Unpin + 'static> Readable for B {}
+
 /// A request's body. What is left of it when it is dropped is taken in.
 #[derive(Debug)]
-pub struct Body<B>
-where
-    B: http_body::Body<Data: Buf + Send, Error: Send> + Send + Unpin + 'static,
-{
-    /// `None`: nothing is to be done at the end.
+pub struct Body<B: Readable> {
+    /// `None`: read to its end.
     rest: Option<B>,
     lingers: bool,
 }
 
-impl<B> Body<B>
-where
-    B: http_body::Body<Data: Buf + Send, Error: Send> + Send + Unpin + 'static,
-{
-    /// The request with such a body.
+impl<B: Readable> Body<B> {
+    /// The request, with its body made one of these.
     ///
     /// A client that waits for leave to send (`Expect: 100-continue`) is not asked for what nobody wants, and HTTP/2 has
     /// a way of its own to stop one.
-    pub fn of(request: Request<B>) -> Request<Self> {
+    pub fn wrap(request: Request<B>) -> Request<Self> {
         let old = request.version() <= Version::HTTP_11;
         let lingers = old && !request.headers().contains_key(header::EXPECT);
         request.map(|body| Self {
@@ -46,10 +44,7 @@ where
     }
 }
 
-impl<B> http_body::Body for Body<B>
-where
-    B: http_body::Body<Data: Buf + Send, Error: Send> + Send + Unpin + 'static,
-{
+impl<B: Readable> http_body::Body for Body<B> {
     type Data = B::Data;
     type Error = B::Error;
 
@@ -78,10 +73,7 @@ where
     }
 }
 
-impl<B> Drop for Body<B>
-where
-    B: http_body::Body<Data: Buf + Send, Error: Send> + Send + Unpin + 'static,
-{
+impl<B: Readable> Drop for Body<B> {
     fn drop(&mut self) {
         let Some(mut rest) = self.rest.take() else {
             return;

@@ -15,7 +15,7 @@ fn request(version: Version, expect: bool) -> (Sender<Bytes, Infallible>, Reques
     if expect {
         request = request.header(header::EXPECT, "100-continue");
     }
-    (sender, Body::of(request.body(body).unwrap()))
+    (sender, Body::wrap(request.body(body).unwrap()))
 }
 
 /// Sends pieces until one is refused; how many were taken, 100 at most.

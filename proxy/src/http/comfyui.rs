@@ -6,7 +6,6 @@ use std::sync::Arc;
 use api_types::error::ApiError;
 use http::header::{HeaderValue, LOCATION};
 use http::{Request, Response, StatusCode, Uri};
-
 use lifecycle::State;
 
 use super::auth::Access;

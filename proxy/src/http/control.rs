@@ -6,7 +6,6 @@ use api_types::error::ApiError;
 use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
 use http::{Request, Response, StatusCode};
-
 use lifecycle::{ModelId, State};
 use serde_json::{Value, json};
 use tokio::sync::broadcast::error::RecvError;

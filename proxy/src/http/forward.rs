@@ -10,7 +10,6 @@ use http::header::{self, HeaderValue};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Method, Request, Response, Uri};
-
 use lifecycle::{ModelId, State};
 
 use super::App;

@@ -27,7 +27,6 @@ use std::sync::Arc;
 use api_types::error::ApiError;
 use http::header::{self, HeaderValue};
 use http::{Method, Request, Response};
-
 use parking_lot::Mutex;
 
 use self::access::Counted;

@@ -17,7 +17,6 @@ use http::uri::PathAndQuery;
 use http::{Request, Response, StatusCode};
 use http_body::{Body as _, Frame};
 use http_body_util::{BodyExt, Limited};
-
 use lifecycle::ModelId;
 use serde_json::{Value, json};
 

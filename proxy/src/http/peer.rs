@@ -10,7 +10,6 @@ use http::header::{self, HeaderMap, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::uri::PathAndQuery;
 use http::{Request, Response, StatusCode};
-
 use hyper_util::rt::TokioIo;
 use tokio::io::AsyncWriteExt;
 

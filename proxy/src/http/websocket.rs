@@ -8,7 +8,6 @@ use bytes::Bytes;
 use http::header::{self, HeaderValue};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, Method, Request, Response, StatusCode};
-
 use hyper_util::rt::TokioIo;
 use lifecycle::{ModelId, State};
 use tokio::io::AsyncWriteExt;

@@ -83,7 +83,7 @@ pub fn router(service: Arc<Service>) -> Router {
 
 /// What nobody reads of a request's body does not cost the client its answer.
 async fn lingering(request: Request) -> Request {
-    linger::Body::of(request).map(Body::new)
+    linger::Body::wrap(request).map(Body::new)
 }
 
 /// 24 hexadecimal digits that no other request has. Unique, not secret.

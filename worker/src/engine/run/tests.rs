@@ -217,6 +217,18 @@ fn a_preempted_one_whose_draws_cannot_be_kept_fails() {
 }
 
 /// It says what it is, and not that somebody waited.
+/// A request of ten tokens for five, handed to an engine that no thread runs.
+fn submit_one(engine: &mut Loop<'_>) -> mpsc::Receiver<GenerationEvent> {
+    let (events, receiver) = mpsc::channel(8);
+    let arrival = Arrival {
+        request: request(prompt(10, 1), 5),
+        events,
+        place: Counters::place(engine.counters, 1).unwrap(),
+    };
+    engine.submit(arrival, SeqId(0));
+    receiver
+}
+
 #[test]
 fn a_defect_of_the_cache_is_told_as_one() {
     std::thread::spawn(|| {
@@ -225,13 +237,7 @@ fn a_defect_of_the_cache_is_told_as_one() {
         let (_commands, inbox) = sync_channel(1);
         let stopping = AtomicBool::new(false);
         let mut engine = Loop::new(parts, &counters, &inbox, &stopping);
-        let (events, receiver) = mpsc::channel(8);
-        let arrival = Arrival {
-            request: request(prompt(10, 1), 5),
-            events,
-            place: Counters::place(&counters, 1).unwrap(),
-        };
-        engine.submit(arrival, SeqId(0));
+        let receiver = submit_one(&mut engine);
         let plan = Plan {
             lost: vec![SeqId(0)],
             ..Plan::default()
@@ -310,13 +316,7 @@ fn what_has_failed_is_kept_until_it_has_been_told() {
         let (_commands, inbox) = sync_channel(1);
         let (counters, stopping) = (Arc::new(Counters::new()), AtomicBool::new(false));
         let mut engine = Loop::new(parts, &counters, &inbox, &stopping);
-        let (events, _receiver) = mpsc::channel(64);
-        let arrival = Arrival {
-            request: request(prompt(10, 1), 5),
-            events,
-            place: Counters::place(&counters, 64).unwrap(),
-        };
-        engine.submit(arrival, SeqId(0));
+        let _receiver = submit_one(&mut engine);
         assert!(engine.step().is_ok());
         engine.stepper.begin();
         engine.stepper.faults.rows = Some(1);
